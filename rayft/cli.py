@@ -1,0 +1,1 @@
+"""The command line: parse, call, print. Each command's module is imported when it is called."""

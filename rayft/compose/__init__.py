@@ -1,0 +1,1 @@
+"""One run from its parts; the loop never learns a name of a technique."""

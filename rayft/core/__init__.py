@@ -1,0 +1,2 @@
+"""Nouns and contracts. Nothing here knows a technique; `errors`, `record` and `storage` import no
+torch."""

@@ -1,0 +1,83 @@
+"""What can go wrong, as a user meets it: one class per exit code, at most 15 lines of text.
+
+An error says what happened, where (file:line, or rank and step), the likely cause and the next
+command.
+"""
+
+from __future__ import annotations
+
+MAX_LINES = 15
+
+
+class RayftError(Exception):
+    """Base of every refusal and failure that rayft itself reports.
+
+    Args:
+        what: what is wrong, one sentence (further lines allowed for lists).
+        where: `file:line`, or `rank 1, step 120`.
+        cause: the likely cause, one sentence.
+        fix: what to do or type next.
+    """
+
+    exit_code = 1
+    label = "error"
+
+    def __init__(self, what: str, *, where: str = "", cause: str = "", fix: str = "") -> None:
+        super().__init__(what, where, cause, fix)
+        self.what, self.where, self.cause, self.fix = what, where, cause, fix
+
+    def __str__(self) -> str:
+        tail = [
+            f"  {label}: {text}"
+            for label, text in (("where", self.where), ("cause", self.cause), ("next", self.fix))
+            if text
+        ]
+        head = f"{self.label}: {self.what}".splitlines()
+        room = MAX_LINES - len(tail)
+        if len(head) > room:
+            head = [*head[: room - 1], f"  ... and {len(head) - room + 1} more"]
+        return "\n".join(head + tail)
+
+    def __reduce__(self):
+        # Exceptions cross process borders (Ray pickles them): rebuild from the four texts.
+        return _rebuild, (type(self), self.what, self.where, self.cause, self.fix)
+
+
+def _rebuild(kind: type[RayftError], what: str, where: str, cause: str, fix: str) -> RayftError:
+    return kind(what, where=where, cause=cause, fix=fix)
+
+
+class ConfigError(RayftError):
+    """The config cannot mean anything, or asks for an impossible pair."""
+
+    exit_code, label = 2, "config error"
+
+
+class DataError(RayftError):
+    """The data cannot be read, or too much of it is bad."""
+
+    exit_code, label = 3, "data error"
+
+
+class InfeasibleError(RayftError):
+    """It will not fit, or the cluster has no such resources."""
+
+    exit_code, label = 4, "infeasible"
+
+
+class DivergedError(RayftError):
+    """The loss or the gradient is no longer a number."""
+
+    exit_code, label = 5, "diverged"
+
+
+class StorageError(RayftError):
+    """Storage cannot be read or written, or holds nothing that can be trusted."""
+
+    exit_code, label = 6, "storage error"
+
+
+class InterruptedRun(RayftError):
+    """Stopped by a signal after a save; the same command continues it."""
+
+    exit_code, label = 75, "interrupted"

@@ -1,0 +1,62 @@
+"""RunRecord: what a run leaves behind for people and for report/; written to `<run>/run.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["running", "done", "failed", "diverged", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far."""
+
+    step: int
+    metric: float
+    checkpoint: str  # folder name below checkpoints/
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, as a row of facts. Seconds are wall clock over all attempts."""
+
+    name: str
+    status: Status
+    config: dict[str, Any]
+    config_hash: str
+    data_hash: str = ""
+    seed: int = 0
+    steps: int = 0
+    steps_total: int = 0
+    tokens: int = 0
+    params_total: int = 0
+    params_trainable: int = 0
+    eval: dict[str, float] = field(
+        default_factory=dict
+    )  # last evaluation, e.g. {"eval_loss": 2.1, "eval_ppl": 8.2}
+    base: dict[str, float] = field(default_factory=dict)  # the same before the first step
+    best: Best | None = None
+    seconds: float = 0.0
+    peak_memory: int = 0  # bytes, largest over ranks
+    attempts: int = 0
+    error: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(
+        default_factory=dict
+    )  # rows, tokens, cut, dropped, bad; per source
+
+    def to_json(self) -> str:
+        """Stable, readable JSON."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> RunRecord:
+        """The inverse of `to_json`; fields that a newer rayft wrote are ignored."""
+        raw = json.loads(text)
+        known = {key: raw[key] for key in raw if key in RunRecord.__dataclass_fields__}
+        if known.get("best") is not None:
+            known["best"] = Best(**known["best"])
+        return RunRecord(**known)

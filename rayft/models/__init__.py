@@ -1,0 +1,1 @@
+"""Load and freeze the base model; the policy that objectives see."""

@@ -1,0 +1,1 @@
+"""How a step happens: plain or data-parallel torch, DeepSpeed ZeRO."""
