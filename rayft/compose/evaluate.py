@@ -33,7 +33,8 @@ def evaluate(
             by_task = replace(batch, trial=batch.task)  # the reduction groups by trial: here, tasks
             totals += counts(objective, [by_task], trials=len(tasks))
             moved = batch.to(engine.device)
-            ones = {term: torch.ones(batch.rows, device=engine.device) for term in objective.terms}
+            one = torch.ones(batch.rows, device=engine.device)
+            ones = dict.fromkeys(objective.terms, one)
             rows = engine.forward(moved, ones)
             for index, term in enumerate(objective.terms):
                 sums[index].index_add_(0, batch.task, rows[term].to("cpu", torch.float64))
@@ -42,7 +43,8 @@ def evaluate(
 
 
 def _metrics(sums: torch.Tensor, totals: torch.Tensor, tasks: Sequence[str]) -> dict[str, float]:
-    """(terms, tasks) sums and counts -> named metrics. Several terms add up, as they do in training."""
+    """(terms, tasks) sums and counts -> named metrics. Several terms add up, as they do in
+    training."""
 
     def named(suffix: str, numerator: torch.Tensor, denominator: torch.Tensor) -> dict[str, float]:
         loss = float((numerator / denominator.clamp(min=1)).sum())

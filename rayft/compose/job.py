@@ -45,5 +45,6 @@ class Signals(Protocol):
         ...
 
     def progress(self, event: dict[str, Any]) -> None:
-        """Send one event, fire and forget; rank 0 only. `kind`: start | step | eval | save | warn | export."""
+        """Send one event, fire and forget; rank 0 only. `kind`: start | step | eval | save | warn |
+        export."""
         ...

@@ -1,6 +1,7 @@
 """The training loop. It sees terms, counts, groups and hooks; never the name of a technique.
 
-One step: take this rank's micro-batches, add up the counts over micro-batches and ranks, then run forward and
+One step: take this rank's micro-batches, add up the counts over micro-batches and ranks, then run
+forward and
 backward with every row already divided by its global count, then one optimizer step.
 """
 
@@ -68,13 +69,15 @@ class Stepper:
             raise DivergedError(
                 f"loss {loss:g}, gradient norm {norm:g}: not a number any more",
                 where=f"step {step}",
-                cause="the learning rate is too high, or a batch is broken; the update was not applied",
+                cause="the learning rate is too high, or a batch is broken; the update was not
+                applied",
                 fix="lower optim.lr or optim.clip; the last checkpoint is intact",
             )
         return StepResult(loss, norm, engine.lrs(), tokens, seen)
 
     def _totals(self, window: list[Batch], stop: bool) -> tuple[Tensor, int, int, bool]:
-        """Global (terms, trials) counts, trained and seen tokens, and whether any rank wants to stop.
+        """Global (terms, trials) counts, trained and seen tokens, and whether any rank wants to
+        stop.
 
         One all-reduce for all of them: the stop flag travels with the counts, so every rank leaves
         the loop at the same step.
@@ -131,7 +134,8 @@ class Hooks:
 
 
 def train(stepper: Stepper, schedule: Schedule, progress: Progress, hooks: Hooks) -> str:
-    """Run from progress.step to the end; "done" or "interrupted". Both leave a saved state behind."""
+    """Run from progress.step to the end; "done" or "interrupted". Both leave a saved state
+    behind."""
     while progress.step < schedule.total:
         began = time.perf_counter()
         step = progress.step + 1

@@ -1,4 +1,5 @@
-"""TrainStep: policy and objective as one module, so that wrappers (DDP, DeepSpeed) see one forward."""
+"""TrainStep: policy and objective as one module, so that wrappers (DDP, DeepSpeed) see one
+forward."""
 
 from __future__ import annotations
 
