@@ -6,7 +6,10 @@ Nothing here knows Ray: with one rank and no process group the same code trains 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)

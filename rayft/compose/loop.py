@@ -28,6 +28,7 @@ class Progress:
 
     step: int = 0
     tokens: int = 0  # trained targets
+    seconds: float = 0.0  # wall clock over all attempts, up to `step`
     base: dict[str, float] = field(default_factory=dict)
     eval: dict[str, float] = field(default_factory=dict)
     best: dict[str, Any] | None = None

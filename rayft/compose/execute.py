@@ -1,0 +1,88 @@
+"""One attempt on one rank, from start-up to the last commit; all that the runtime calls.
+
+Nothing here knows Ray: with one rank and no process group the same code trains in-process.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rayft.compose.assemble import Parts, assemble
+from rayft.compose.export import export_best
+from rayft.compose.job import Job, Outcome, Signals
+from rayft.compose.loop import Hooks, Progress, Schedule, Stepper, train
+from rayft.compose.session import Session, peak_memory
+from rayft.config.run import Run
+from rayft.core.storage import Storage
+from rayft.data import Corpus
+
+
+def execute(job: Job, rank: int, world: int, device: torch.device, signals: Signals) -> Outcome:
+    """Train from the newest commit (or from the start) to the end, or to a stop request.
+
+    Raises:
+        RayftError: with the exit code of what went wrong; the last commit stays intact.
+    """
+    began = time.monotonic()
+    run = Run.model_validate(job.config)
+    storage = Storage.open(run.storage).child(run.name)
+    parts = assemble(run, Corpus.open(Storage.open(job.data_dir)), device)
+    session = Session(job, parts, storage, signals, began)
+    try:
+        resumed = session.restore()
+        progress = session.progress
+        if rank == 0:
+            signals.progress(_started(parts, progress))
+        if resumed is None:
+            session.evaluate(0)
+        hooks = Hooks(signals.stop_requested, session.log, session.evaluate, session.save)
+        schedule = Schedule(parts.steps, run.train.eval_every, run.train.save_every)
+        stepper = Stepper(parts.engine, parts.built.objective, parts.stream, parts.lrs)
+        status = train(stepper, schedule, progress, hooks)
+    finally:
+        session.finish()
+    if status == "done" and rank == 0:
+        signals.progress({"kind": "export", "step": progress.step})
+        export_best(parts.built, run, storage, progress)
+    return _outcome(status, session)
+
+
+def _started(parts: Parts, progress: Progress) -> dict[str, Any]:
+    return {
+        "kind": "start",
+        "step": progress.step,
+        "steps": parts.steps,
+        "params_total": parts.params_total,
+        "params_trainable": parts.params_trainable,
+        "groups": [group.name for group in parts.built.groups],
+    }
+
+
+def _outcome(status: str, session: Session) -> Outcome:
+    parts, progress = session.parts, session.progress
+    return Outcome(
+        status=status,
+        step=progress.step,
+        steps_total=parts.steps,
+        tokens=progress.tokens,
+        eval=progress.eval,
+        base=progress.base,
+        best=progress.best,
+        peak_memory=_largest(peak_memory(session.device), session.device),
+        seconds=time.monotonic() - session.began,
+        params_total=parts.params_total,
+        params_trainable=parts.params_trainable,
+    )
+
+
+def _largest(value: int, device: torch.device) -> int:
+    """The maximum over ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    box = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)
