@@ -1,4 +1,5 @@
-"""A run from its parts: config in; prepared engine, stream and held-out batches out. No loop here."""
+"""A run from its parts: config in; prepared engine, stream and held-out batches out. No loop
+here."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def strategy_of(run: Run, device: torch.device) -> Strategy:
 
 
 def assemble(run: Run, corpus: Corpus, device: torch.device) -> Parts:
-    """Everything of a training run on this rank; all ranks must call it (strategies communicate)."""
+    """Everything of a training run on this rank; all ranks must call it (strategies
+    communicate)."""
     strategy = strategy_of(run, device)
     built = build(run, device, strategy)
     facts = model_facts(built.model)
@@ -113,5 +115,6 @@ def held_out(run: Run, corpus: Corpus, built: Built, rank: int, world: int) -> t
 
 
 def model_names(by_step_name: Mapping[str, T]) -> dict[str, T]:
-    """The same mapping under the model's own parameter names (the step module's prefix taken off)."""
+    """The same mapping under the model's own parameter names (the step module's prefix taken
+    off)."""
     return {name.removeprefix(PREFIX): value for name, value in by_step_name.items()}

@@ -1,4 +1,5 @@
-"""What surrounds the loop on one rank: restore, log, evaluate, save. Rank 0 alone writes metrics."""
+"""What surrounds the loop on one rank: restore, log, evaluate, save. Rank 0 alone writes
+metrics."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """This rank's generators. Only torch's are used after start-up (dropout); data order needs none."""
+    """This rank's generators. Only torch's are used after start-up (dropout); data order needs
+    none."""
     state = {"rng.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["rng.cuda"] = torch.cuda.get_rng_state(device)
@@ -148,7 +150,8 @@ class Session:
             "progress": asdict(self.progress),
             "config_hash": self.job.digest,
             "data_hash": self.job.data_hash,
-            "cursor": step,  # steps of the stream consumed; its order is a pure function of the step
+            "cursor": step,  # steps of the stream consumed; its order is a pure function of the
+            step
             "accumulation": 0,  # saves happen at step borders only
         }
         if self.metrics is not None:
