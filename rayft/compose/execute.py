@@ -43,8 +43,10 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
         schedule = Schedule(parts.steps, run.train.eval_every, run.train.save_every)
         stepper = Stepper(parts.engine, parts.built.objective, parts.stream, parts.lrs)
         status = train(stepper, schedule, progress, hooks)
-    finally:
-        session.finish()
+    except BaseException:
+        session.abandon()
+        raise
+    session.finish()
     if status == "done" and rank == 0:
         signals.progress({"kind": "export", "step": progress.step})
         export_best(parts.built, run, storage, progress)

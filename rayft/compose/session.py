@@ -3,6 +3,7 @@ metrics."""
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from collections.abc import Callable
@@ -14,13 +15,15 @@ import torch.distributed as dist
 
 from rayft.compose.assemble import Parts
 from rayft.compose.checkpoint import CheckpointWriter
-from rayft.compose.commit import Commit, find_commit, load_commit
+from rayft.compose.commit import Commit, find_commit, folder_name, load_commit
 from rayft.compose.evaluate import evaluate
 from rayft.compose.job import Job, Signals
 from rayft.compose.loop import Progress, StepResult
+from rayft.core.errors import StorageError
 from rayft.core.storage import Appender, Storage
 
 T = TypeVar("T")
+_LAST_SAVE_SECONDS = 15.0
 
 
 def agree(decide: Callable[[], T], rank: int, world: int) -> T:
@@ -75,7 +78,12 @@ class Session:
         engine = self.parts.engine
         self.rank, self.world, self.device = engine.rank, engine.world, engine.device
         self.writer = CheckpointWriter(
-            self.storage, self.rank, self.world, self.job.attempt, keep=self.parts.run.train.keep
+            self.storage,
+            self.rank,
+            self.world,
+            self.job.attempt,
+            keep=self.parts.run.train.keep,
+            config=self.job.digest,
         )
         self.metrics = Appender(self.storage, "metrics.jsonl") if self.rank == 0 else None
 
@@ -94,6 +102,7 @@ class Session:
             set_rng(saved, self.parts.run.seed, self.rank, commit.step, self.device)
         self.progress = Progress(**commit.extra(0)["progress"])
         self.earlier = self.progress.seconds
+        self.writer.parent = commit.name
         return commit
 
     def _newest(self) -> str | None:
@@ -137,7 +146,7 @@ class Session:
         best = self.progress.best
         if step == 0 or (best is not None and found["eval_loss"] >= best["metric"]):
             return False
-        name = self.writer.name(step)
+        name = folder_name(step, self.job.attempt)
         self.progress.best = {"step": step, "metric": found["eval_loss"], "checkpoint": name}
         return True
 
@@ -150,8 +159,7 @@ class Session:
             "progress": asdict(self.progress),
             "config_hash": self.job.digest,
             "data_hash": self.job.data_hash,
-            "cursor": step,  # steps of the stream consumed; its order is a pure function of the
-            step
+            "cursor": step,  # steps of the stream consumed; its order is a pure function of the step
             "accumulation": 0,  # saves happen at step borders only
         }
         if self.metrics is not None:
@@ -169,6 +177,18 @@ class Session:
         self.writer.wait()
         if self.metrics is not None:
             self.metrics.close()
+
+    def abandon(self) -> None:
+        """After an error: give a save that is under way a moment, keep what there is, raise
+        nothing.
+
+        A dead rank's manifest may never come, so the wait is short; the error itself matters more.
+        """
+        with contextlib.suppress(StorageError):
+            self.writer.wait(timeout=_LAST_SAVE_SECONDS)
+        with contextlib.suppress(StorageError):
+            if self.metrics is not None:
+                self.metrics.close()
 
     def seconds(self) -> float:
         """Wall clock of the run so far, without what was lost between attempts."""
