@@ -11,11 +11,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayft import methods, objectives, strategies
+from rayft.compose.data import Corpus
 from rayft.compose.step import PREFIX, TrainStep
 from rayft.config.run import Run
 from rayft.core.batch import Batch
 from rayft.core.protocols import Engine, Group, Method, Objective, Strategy
-from rayft.data import Corpus, EvalSet, TrainStream
+from rayft.data.stream import EvalSet, TrainStream
 from rayft.models.load import load_model, load_tokenizer, model_facts
 from rayft.models.policy import CausalPolicy
 
@@ -56,7 +57,6 @@ class Parts:
 
 def build(run: Run, device: torch.device, strategy: Strategy) -> Built:
     """Load the base, apply the methods in order, join policy and objective."""
-    torch.manual_seed(run.seed)  # adapters start with the same numbers on every rank
     tokenizer = load_tokenizer(run.model)
     with strategy.loading():
         model = load_model(
@@ -67,7 +67,7 @@ def build(run: Run, device: torch.device, strategy: Strategy) -> Built:
             quant_storage=strategy.quant_storage,
         )
     chosen = tuple(methods.build(spec) for spec in run.methods)
-    groups = tuple(methods.apply_all(model, chosen))
+    groups = tuple(methods.apply_all(model, chosen, seed=run.seed))
     objective = objectives.build(run.objective)
     policy = CausalPolicy(model, packing=run.data.packing)
     return Built(model, tokenizer, chosen, groups, objective, TrainStep(policy, objective))
@@ -93,7 +93,15 @@ def assemble(run: Run, corpus: Corpus, device: torch.device) -> Parts:
     facts = model_facts(built.model)
     engine = strategy.prepare(built.step, list(built.groups))
     stream = TrainStream(
-        corpus, run.data, run.train, seed=run.seed, pad=built.tokenizer.pad_token_id
+        table=corpus.train,
+        weights=tuple(source.weight for source in run.data.train),
+        seed=run.seed,
+        global_batch=run.train.global_batch,
+        micro_batch=run.train.micro_batch,
+        max_length=run.data.max_length,
+        packing=run.data.packing,
+        pad_id=built.tokenizer.pad_token_id,
+        epochs=run.train.epochs,
     )
     return Parts(
         run=run,
@@ -110,8 +118,10 @@ def assemble(run: Run, corpus: Corpus, device: torch.device) -> Parts:
 
 def held_out(run: Run, corpus: Corpus, built: Built, rank: int, world: int) -> tuple[Batch, ...]:
     """This rank's evaluation batches; () without held-out data."""
+    if corpus.eval is None:
+        return ()
     size = run.train.eval_batch or run.train.micro_batch
-    return tuple(EvalSet(corpus, size, pad=built.tokenizer.pad_token_id).batches(rank, world))
+    return tuple(EvalSet(corpus.eval, size, built.tokenizer.pad_token_id).batches(rank, world))
 
 
 def model_names(by_step_name: Mapping[str, T]) -> dict[str, T]:

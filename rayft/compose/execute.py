@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 
 from rayft.compose.assemble import Parts, assemble
-from rayft.compose.export import export_best
+from rayft.compose.data import open_corpus
 from rayft.compose.job import Job, Outcome, Signals
 from rayft.compose.loop import Hooks, Progress, Schedule, Stepper, train
+from rayft.compose.publish import EXPORT, choose_commit, publish
 from rayft.compose.session import Session, peak_memory
 from rayft.config.run import Run
+from rayft.core.record import Best, RunRecord
 from rayft.core.storage import Storage
-from rayft.data import Corpus
 
 
 def execute(job: Job, rank: int, world: int, device: torch.device, signals: Signals) -> Outcome:
@@ -30,7 +31,7 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
     began = time.monotonic()
     run = Run.model_validate(job.config)
     storage = Storage.open(run.storage).child(run.name)
-    parts = assemble(run, Corpus.open(Storage.open(job.data_dir)), device)
+    parts = assemble(run, open_corpus(run, job.data_dir, job.data_hash), device)
     session = Session(job, parts, storage, signals, began)
     try:
         resumed = session.restore()
@@ -49,7 +50,8 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
     session.finish()
     if status == "done" and rank == 0:
         signals.progress({"kind": "export", "step": progress.step})
-        export_best(parts.built, run, storage, progress)
+        record = _record(job, parts, progress)
+        publish(parts.built, record, choose_commit(storage, record), storage.child(EXPORT))
     return _outcome(status, session)
 
 
@@ -62,6 +64,27 @@ def _started(parts: Parts, progress: Progress) -> dict[str, Any]:
         "params_trainable": parts.params_trainable,
         "groups": [group.name for group in parts.built.groups],
     }
+
+
+def _record(job: Job, parts: Parts, progress: Progress) -> RunRecord:
+    """The facts a model card tells, as far as they are known before the driver's last word."""
+    return RunRecord(
+        name=parts.run.name,
+        status="done",
+        config=job.config,
+        config_hash=job.digest,
+        data_hash=job.data_hash,
+        seed=parts.run.seed,
+        steps=progress.step,
+        steps_total=parts.steps,
+        tokens=progress.tokens,
+        params_total=parts.params_total,
+        params_trainable=parts.params_trainable,
+        eval=progress.eval,
+        base=progress.base,
+        best=None if progress.best is None else Best(**progress.best),
+        seconds=progress.seconds,
+    )
 
 
 def _outcome(status: str, session: Session) -> Outcome:

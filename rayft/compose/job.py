@@ -13,14 +13,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """The tokenised data of a run."""
+
+    uri: str  # of the cache
+    hash: str  # of what was tokenised; names the tables in the cache
+    stats: dict[str, Any] = field(default_factory=dict)  # rows, tokens, cut, dropped, bad; by split
+    bad_rows: bytes = b""  # bad_rows.jsonl
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything an attempt needs; plain, picklable data."""
 
     config: dict[str, Any]  # Run.resolved()
     digest: str  # Run.digest(), compared on all ranks before the first step
     attempt: str  # part of checkpoint names, so that two attempts can never merge
-    data_dir: str  # URI of the tokenised data
-    data_hash: str
+    data_dir: str  # Prepared.uri
+    data_hash: str  # Prepared.hash
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""What surrounds the loop on one rank: restore, log, evaluate, save. Rank 0 alone writes
-metrics."""
+"""What surrounds the loop on one rank: restore, log, evaluate, save. Rank 0 writes the metrics."""
 
 from __future__ import annotations
 
@@ -15,10 +14,11 @@ import torch.distributed as dist
 
 from rayft.compose.assemble import Parts
 from rayft.compose.checkpoint import CheckpointWriter
-from rayft.compose.commit import Commit, find_commit, folder_name, load_commit
+from rayft.compose.commit import Commit, find_commit, load_commit
 from rayft.compose.evaluate import evaluate
 from rayft.compose.job import Job, Signals
 from rayft.compose.loop import Progress, StepResult
+from rayft.compose.manifest import folder_name
 from rayft.core.errors import StorageError
 from rayft.core.storage import Appender, Storage
 
@@ -127,22 +127,20 @@ class Session:
             "seconds": self.seconds(),
             "memory": peak_memory(self.device),
         }
-        self._write(line)
-        self.signals.progress({"kind": "step", "steps": self.parts.steps, **line})
+        self._record("step", line)
 
     def evaluate(self, step: int) -> bool:
-        """Evaluate, log, and say whether it is the best so far."""
-        if not self.parts.eval_batches:
+        """Evaluate, log, and say whether it is the best so far. Step 0 is the base model."""
+        parts = self.parts
+        if not parts.eval_batches:
             return False
-        found = evaluate(
-            self.parts.engine, self.parts.objective, self.parts.eval_batches, self.parts.tasks
-        )
+        found = evaluate(parts.engine, parts.built.objective, parts.eval_batches, parts.tasks)
         if step == 0:
             self.progress.base = found
         self.progress.eval = found
-        line = {"step": step, "split": "eval", **found, "seconds": self.seconds()}
-        self._write(line)
-        self.signals.progress({"kind": "eval", "steps": self.parts.steps, **line})
+        if self.rank == 0:
+            line = {"step": step, "split": "eval", "loss": found["eval_loss"], **found}
+            self._record("eval", {**line, "seconds": self.seconds()})
         best = self.progress.best
         if step == 0 or (best is not None and found["eval_loss"] >= best["metric"]):
             return False
@@ -157,20 +155,22 @@ class Session:
         whole = {**shard.whole, **rng_state(self.device)}
         extra = {
             "progress": asdict(self.progress),
-            "config_hash": self.job.digest,
             "data_hash": self.job.data_hash,
-            "cursor": step,  # steps of the stream consumed; its order is a pure function of the step
+            "cursor": step,  # steps of the stream consumed: its order is a function of the step
             "accumulation": 0,  # saves happen at step borders only
         }
         if self.metrics is not None:
             self.metrics.flush()
         self.writer.save(step, replace(shard, whole=whole), extra, best=best)
-        for problem in self.writer.problems():
-            self.signals.progress({"kind": "warn", "step": step, "text": str(problem)})
-        if self.rank == 0:
-            self.signals.progress(
-                {"kind": "save", "step": step, "stall": self.writer.stall_seconds}
-            )
+        if self.rank != 0:
+            return
+        problem = self.writer.poll()
+        if problem is not None:
+            self.signals.progress({"kind": "warn", "step": step, "text": problem.what})
+        stalled = self.writer.stats.stall_seconds
+        self.signals.progress({"kind": "save", "step": step, "stall": stalled})
+
+    # ---- the end
 
     def finish(self) -> None:
         """Wait for the last commit; its failure is the run's failure."""
@@ -179,8 +179,7 @@ class Session:
             self.metrics.close()
 
     def abandon(self) -> None:
-        """After an error: give a save that is under way a moment, keep what there is, raise
-        nothing.
+        """After an error: give a save under way a moment, keep what there is, raise nothing.
 
         A dead rank's manifest may never come, so the wait is short; the error itself matters more.
         """
@@ -194,6 +193,8 @@ class Session:
         """Wall clock of the run so far, without what was lost between attempts."""
         return self.earlier + time.monotonic() - self.began
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _record(self, kind: str, line: dict[str, Any]) -> None:
+        """Rank 0: to storage and to the driver."""
         if self.metrics is not None:
             self.metrics.append(line)
+        self.signals.progress({**line, "kind": kind, "steps": self.parts.steps})

@@ -145,6 +145,15 @@ class Storage:
         self._do("download", path, copy)
         return to
 
+    def upload(self, source: Path, path: str) -> None:
+        """Copy the local file `source` to `path`."""
+
+        def copy(full: str) -> None:
+            with source.open("rb") as data, self._backend.open_output(full) as target:
+                shutil.copyfileobj(data, target, 4 << 20)
+
+        self._do("upload", path, copy)
+
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/") if path else self._root
 
