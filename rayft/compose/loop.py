@@ -69,8 +69,7 @@ class Stepper:
             raise DivergedError(
                 f"loss {loss:g}, gradient norm {norm:g}: not a number any more",
                 where=f"step {step}",
-                cause="the learning rate is too high, or a batch is broken; the update was not
-                applied",
+                cause="the learning rate is too high or a batch is broken; the update was not applied",
                 fix="lower optim.lr or optim.clip; the last checkpoint is intact",
             )
         return StepResult(loss, norm, engine.lrs(), tokens, seen)
