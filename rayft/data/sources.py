@@ -13,6 +13,7 @@ and fingerprinted by content.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -149,6 +150,12 @@ class DatasetRows:
         return {self.path: "+".join([*hashes, str(len(found))])}
 
 
+@functools.lru_cache(maxsize=2)
+def _builtin(name: str, split: str) -> tuple[dict[str, str], ...]:
+    """Reading the standard library takes seconds: once per process, for hash and rows alike."""
+    return tuple(builtin.rows(name, split))
+
+
 @dataclass(frozen=True)
 class BuiltinRows:
     """A corpus of rayft.data.builtin; its rows are made, not read."""
@@ -163,7 +170,7 @@ class BuiltinRows:
     def read(self, block: Block) -> Iterator[Raw]:
         """All rows. Raises ConfigError for an unknown name or split."""
         try:
-            return (Raw(dict(row)) for row in builtin.rows(self.name, self.split))
+            return (Raw(row) for row in _builtin(self.name, self.split))
         except ValueError as error:
             raise ConfigError(str(error)) from error
         except FileNotFoundError as error:
