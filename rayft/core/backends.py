@@ -6,6 +6,7 @@ adds names, retries and messages. A `write` is atomic: a reader sees the old fil
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -54,6 +55,8 @@ def make_folder(folder: Path) -> None:
         missing.append(here)
         here = here.parent
     for new in reversed(missing):
+        if new.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, f"{new} is a file")
         new.mkdir(exist_ok=True)
         sync_folder(new.parent)
 

@@ -62,8 +62,8 @@ def _act(name: str, action: str) -> None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "oserror":
-        raise OSError(errno.EIO, f"failpoint {name}")
+        raise OSError(errno.EIO, os.strerror(errno.EIO), name)
     elif action == "enospc":
-        raise OSError(errno.ENOSPC, f"failpoint {name}")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
     elif action == "sleep":
         time.sleep(1.0)
