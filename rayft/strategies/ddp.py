@@ -78,7 +78,6 @@ class DdpEngine:
             self._ddp = DistributedDataParallel(
                 step,
                 device_ids=[device.index or 0] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # position tables: constant, equal on all ranks
                 gradient_as_bucket_view=True,
             )
         self._optimizer = build_optimizer(groups, optim, device)

@@ -50,7 +50,7 @@ def merge(user: dict[str, Any], typed: dict[str, Any], path: str = "") -> dict[s
         where = f"{path}{key}"
         if isinstance(value, dict) and isinstance(said, dict):
             merged[key] = merge(said, value, f"{where}.")
-        elif said == AUTO or said == value:
+        elif said in (AUTO, value):
             merged[key] = value
         else:
             raise ConfigError(
