@@ -1,3 +1,35 @@
-"""rayft: fine-tune language models on a Ray cluster, and find the best way to do it."""
+"""rayft: fine-tune language models on a Ray cluster, and find the best way to do it.
+
+    import rayft
+    record = rayft.train("experiments/quickstart/qlora.yaml", ["optim.lr=1e-4"])
+    run = rayft.load({"name": "a", ...})
+
+Importing rayft imports neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayft.config.run import Run
+    from rayft.core.record import RunRecord
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "load", "train"]
+
+# By name, at the call: rooms may import rayft.__version__ without importing what is above them.
+_API = "rayft.api"
+
+
+def load(config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()) -> Run:
+    """A checked Run from a file, a mapping or a Run; see rayft.config.load.load."""
+    return import_module(_API).load(config, overrides)
+
+
+def train(config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()) -> RunRecord:
+    """Run, or continue the unfinished run of that name; see rayft.api.train."""
+    return import_module(_API).train(config, overrides)

@@ -1,1 +1,186 @@
-"""The command line: parse, call, print. Each command's module is imported when it is called."""
+"""The command line: parse, call, print. Each command's module is imported when it is called.
+
+Output is plain lines, so that it reads the same on a terminal, in a Ray job's log and in a pipe.
+Results go to stdout, errors to stderr, exit codes are those of rayft.core.errors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+import traceback
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import rayft
+from rayft.core.errors import MAX_LINES, ConfigError, RayftError
+
+if TYPE_CHECKING:
+    from rayft.core.record import RunRecord
+
+app = typer.Typer(
+    help="Fine-tune language models on a Ray cluster, and find the best way to do it.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# The run's folder or URI, once a command knows it: where an unexpected error is logged.
+_folder: ContextVar[str] = ContextVar("folder", default="")
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML or JSON file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[a.b=c]...", help="Values over the file: methods.0.rank=8"),
+]
+Where = Annotated[
+    str, typer.Argument(metavar="DIR_OR_URI", help="A run's folder: <storage>/<name>.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"rayft {rayft.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def check(
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="A YAML or JSON file.")
+    ] = None,
+    overrides: Overrides = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of a config instead.")
+    ] = False,
+) -> None:
+    """Validate a config, and print it with every default written out."""
+    if schema:
+        from rayft.config.schema import schema as build
+
+        typer.echo(json.dumps(build(), indent=2))
+        return
+    if config is None:
+        raise ConfigError("no config given", fix="rayft check CONFIG [a.b=c ...]")
+    import yaml
+
+    run = rayft.load(config, overrides or ())
+    typer.echo(f"# {config} is valid; digest {run.digest()}")
+    typer.echo(yaml.safe_dump(run.resolved(), sort_keys=False, allow_unicode=True), nl=False)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Run, or continue the unfinished run of that name."""
+    run = rayft.load(config, overrides or ())
+    folder = f"{run.storage.rstrip('/')}/{run.name}"
+    _folder.set(folder)
+    record = rayft.train(run)
+    typer.echo("\n".join(_summary(record, folder)))
+
+
+@app.command("eval")
+def evaluate(
+    where: Where,
+    generate: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Also generate N completions, and score them.")
+    ] = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Evaluate only N held-out rows.")
+    ] = None,
+) -> None:
+    """Held-out loss of base and tuned model, per task."""
+    from rayft.compose.offline import evaluate_run
+
+    _folder.set(where)
+    typer.echo(evaluate_run(where, generate=generate, limit=limit))
+
+
+@app.command()
+def export(
+    where: Where,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge adapters into the unquantised base.")
+    ] = False,
+    check: Annotated[
+        str | None, typer.Option(metavar="vllm", help="Say whether vllm would load it.")
+    ] = None,
+    to: Annotated[str | None, typer.Option(metavar="FOLDER", help="Default: <run>/export.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Default: the best checkpoint.")
+    ] = None,
+) -> None:
+    """Write the PEFT or Hugging Face layout: weights, tokenizer, chat template, model card."""
+    if check not in (None, "vllm"):
+        raise ConfigError(f"--check knows vllm only, not {check!r}")
+    from rayft.compose.offline import export_run
+
+    _folder.set(where)
+    typer.echo(export_run(where, merge=merge, check=check, to=to, step=step))
+
+
+def _summary(record: RunRecord, folder: str) -> list[str]:
+    """The last lines of a training command."""
+    lines = [f"{record.name}: {record.status}, {record.steps} steps, {record.seconds:.0f} s"]
+    for metric, tuned in record.eval.items():
+        base = f"base {record.base[metric]:.4f}, " if metric in record.base else ""
+        lines.append(f"  {metric}: {base}tuned {tuned:.4f}")
+    if record.best:
+        lines.append(f"  best: {record.best.metric:.4f} at step {record.best.step}")
+    return [*lines, f"  results: {folder}", f"  next: rayft eval {folder}"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit code. The only place where errors are caught."""
+    try:
+        result = app(args=arguments, prog_name="rayft", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except RayftError as error:
+        lines, code = str(error).splitlines(), error.exit_code
+        if error.__cause__ is not None:
+            lines = [*lines[: MAX_LINES - 1], _log(error)]
+    except typer.TyperException as error:
+        lines, code = [f"error: {error.format_message()}", "  next: rayft --help"], 2
+    except typer.Abort:
+        lines, code = ["stopped"], 130
+    except Exception as error:  # whatever it is, people get a short message and a log, not a trace
+        lines, code = _unexpected(error), 1
+    typer.echo("\n".join(lines), err=True)
+    return code
+
+
+def _unexpected(error: Exception) -> list[str]:
+    """What an error that rayft does not know says, the innermost line of rayft it passed, and the
+    log."""
+    said = [line.rstrip()[:200] for line in str(error).splitlines() if line.strip()]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "rayft" in f.filename]
+    where = [f"  where: {frames[-1].filename}:{frames[-1].lineno}"] if frames else []
+    # Ray puts a remote traceback into the message; its last lines are the ones that say something.
+    head = [f"error: {type(error).__name__}: {said[0]}" if said else f"error: {error!r}"]
+    return [*head, *(f"  {line.strip()}" for line in said[1:][-8:]), *where, _log(error)]
+
+
+def _log(error: Exception) -> str:
+    """Write the traceback into the run's folder, or the temporary one; the line that says where."""
+    name = f"rayft-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    folder = Path(_folder.get())
+    if not folder.name or not folder.is_dir():
+        folder = Path(tempfile.gettempdir())
+    text = "".join(traceback.format_exception(error))
+    try:
+        (folder / name).write_text(text, encoding="utf-8")
+    except OSError as reason:  # a full disk must not hide the error itself
+        return f"  traceback: could not be written to {folder / name} ({reason.strerror})"
+    return f"  traceback: {folder / name}"

@@ -140,6 +140,7 @@ class Run(Spec):
     seed: int = Field(0, ge=0)
     """Of data order, initialisation and dropout."""
     model: ModelSpec
+    """The base model; a bare string is its path."""
     methods: tuple[MethodSpec, ...] = Field((LoraSpec(),), min_length=1)
     """What is trainable; several make a hybrid."""
     objective: ObjectiveSpec = SftSpec()
@@ -147,12 +148,16 @@ class Run(Spec):
     penalties: Penalties = ()
     """What is held back."""
     data: DataSpec
+    """What is trained and evaluated on."""
     optim: OptimSpec = OptimSpec()
+    """The optimizer and its schedule."""
     train: TrainSpec
+    """How long (steps or epochs), how much per step, and what is kept."""
     strategy: StrategySpec = DdpSpec()
     """How a step happens: a mapping, or a preset name (ddp, zero1, zero2, zero2_offload, zero3,
     zero3_offload)."""
     scale: ScaleSpec = ScaleSpec()
+    """How many workers, and what each gets."""
     storage: str = "runs"
     """Local path, NFS, s3:// or gs://; results go to <storage>/<name>/."""
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()

@@ -1,0 +1,27 @@
+"""rayft from Python: the same code as the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayft.config.load import load
+from rayft.config.run import Run
+
+if TYPE_CHECKING:
+    from rayft.core.record import RunRecord
+
+__all__ = ["load", "train"]
+
+
+def train(config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()) -> RunRecord:
+    """Run, or continue the unfinished run of that name; `rayft train` is this function.
+
+    Raises:
+        RayftError: see rayft.core.errors; each class has the command's exit code.
+    """
+    run = load(config, overrides)
+    from rayft.runtime.train import train as start  # torch and ray: only when training
+
+    return start(run)
