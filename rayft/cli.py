@@ -74,11 +74,11 @@ def check(
         return
     if config is None:
         raise ConfigError("no config given", fix="rayft check CONFIG [a.b=c ...]")
-    import yaml
+    from rayft.config.source import dump
 
     run = rayft.load(config, overrides or ())
     typer.echo(f"# {config} is valid; digest {run.digest()}")
-    typer.echo(yaml.safe_dump(run.resolved(), sort_keys=False, allow_unicode=True), nl=False)
+    typer.echo(dump(run.resolved()), nl=False)
 
 
 @app.command()
