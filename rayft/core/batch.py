@@ -29,6 +29,7 @@ class Batch:
     input_ids: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64
     position_ids: Tensor  # (B, T) int64, restarts at 0 with every packed document
+    lengths: Tensor  # (B,) int64, real tokens of each row (the rest is padding)
     task: Tensor  # (B,) int64, index into the run's task names
     trial: Tensor  # (B,) int64, slot of a pack; 0 in a solo run
     packed: bool  # True: rows may hold several documents, attention must not cross them
@@ -60,6 +61,7 @@ class Batch:
             "input_ids": self.input_ids,
             "labels": self.labels,
             "position_ids": self.position_ids,
+            "lengths": self.lengths,
             "task": self.task,
             "trial": self.trial,
         }

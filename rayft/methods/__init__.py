@@ -1,2 +1,20 @@
 """What is trainable: one technique per file. `build` maps a spec of the menu to its
 implementation."""
+
+from __future__ import annotations
+
+from rayft.config.methods import FullSpec, LoraSpec, MethodSpec
+from rayft.core.protocols import Method
+from rayft.methods.apply import apply_all
+from rayft.methods.full import Full
+from rayft.methods.lora import Lora, load_adapter, merge_adapters
+
+METHODS = {FullSpec: Full, LoraSpec: Lora}
+
+
+def build(spec: MethodSpec) -> Method:
+    """The method that `spec` describes."""
+    return METHODS[type(spec)](spec)
+
+
+__all__ = ["METHODS", "apply_all", "build", "load_adapter", "merge_adapters"]

@@ -1,0 +1,130 @@
+"""A run from its parts: config in; prepared engine, stream and held-out batches out. No loop
+here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rayft import methods, objectives, strategies
+from rayft.compose.data import Corpus
+from rayft.compose.step import PREFIX, TrainStep
+from rayft.config.run import Run
+from rayft.core.batch import Batch
+from rayft.core.protocols import Engine, Group, Method, Objective, Strategy
+from rayft.data.stream import EvalSet, TrainStream
+from rayft.models.load import load_model, load_tokenizer, model_facts
+from rayft.models.policy import CausalPolicy
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model made trainable, not yet given to a strategy."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    methods: tuple[Method, ...]
+    groups: tuple[Group, ...]
+    objective: Objective
+    step: TrainStep
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything one rank needs to train and evaluate."""
+
+    run: Run
+    built: Built
+    engine: Engine
+    stream: TrainStream
+    eval_batches: tuple[Batch, ...]
+    tasks: tuple[str, ...]
+    steps: int
+    params_total: int
+    params_trainable: int
+
+    def lrs(self, step: int) -> Mapping[str, float]:
+        """Learning rate by group name at a 1-based step."""
+        factor = strategies.schedule(self.run.optim, self.steps)(step)
+        return strategies.group_lrs(self.built.groups, self.run.optim.lr * factor)
+
+
+def build(run: Run, device: torch.device, strategy: Strategy) -> Built:
+    """Load the base, apply the methods in order, join policy and objective."""
+    tokenizer = load_tokenizer(run.model)
+    with strategy.loading():
+        model = load_model(
+            run.model,
+            device=device,
+            seed=run.seed,
+            gradient_checkpointing=run.train.gradient_checkpointing,
+            quant_storage=strategy.quant_storage,
+        )
+    chosen = tuple(methods.build(spec) for spec in run.methods)
+    groups = tuple(methods.apply_all(model, chosen, seed=run.seed))
+    objective = objectives.build(run.objective)
+    policy = CausalPolicy(model, packing=run.data.packing)
+    return Built(model, tokenizer, chosen, groups, objective, TrainStep(policy, objective))
+
+
+def strategy_of(run: Run, device: torch.device) -> Strategy:
+    """The run's strategy on this device."""
+    return strategies.build(
+        run.strategy,
+        run.optim,
+        run.train,
+        run.model,
+        micro_batch=run.train.micro_batch,
+        device=device,
+    )
+
+
+def assemble(run: Run, corpus: Corpus, device: torch.device) -> Parts:
+    """Everything of a training run on this rank; all ranks must call it (strategies
+    communicate)."""
+    strategy = strategy_of(run, device)
+    built = build(run, device, strategy)
+    facts = model_facts(built.model)
+    engine = strategy.prepare(built.step, list(built.groups))
+    stream = TrainStream(
+        table=corpus.train,
+        weights=tuple(source.weight for source in run.data.train),
+        seed=run.seed,
+        global_batch=run.train.global_batch,
+        micro_batch=run.train.micro_batch,
+        max_length=run.data.max_length,
+        packing=run.data.packing,
+        pad_id=built.tokenizer.pad_token_id,
+        epochs=run.train.epochs,
+    )
+    return Parts(
+        run=run,
+        built=built,
+        engine=engine,
+        stream=stream,
+        eval_batches=held_out(run, corpus, built, engine.rank, engine.world),
+        tasks=corpus.tasks,
+        steps=run.train.steps or stream.steps_for(run.train.epochs),
+        params_total=facts.total,
+        params_trainable=facts.trainable,
+    )
+
+
+def held_out(run: Run, corpus: Corpus, built: Built, rank: int, world: int) -> tuple[Batch, ...]:
+    """This rank's evaluation batches; () without held-out data."""
+    if corpus.eval is None:
+        return ()
+    size = run.train.eval_batch or run.train.micro_batch
+    return tuple(EvalSet(corpus.eval, size, built.tokenizer.pad_token_id).batches(rank, world))
+
+
+def model_names(by_step_name: Mapping[str, T]) -> dict[str, T]:
+    """The same mapping under the model's own parameter names (the step module's prefix taken
+    off)."""
+    return {name.removeprefix(PREFIX): value for name, value in by_step_name.items()}

@@ -1,0 +1,113 @@
+"""One attempt on one rank, from start-up to the last commit; all that the runtime calls.
+
+Nothing here knows Ray: with one rank and no process group the same code trains in-process.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rayft.compose.assemble import Parts, assemble
+from rayft.compose.data import open_corpus
+from rayft.compose.job import Job, Outcome, Signals
+from rayft.compose.loop import Hooks, Progress, Schedule, Stepper, train
+from rayft.compose.publish import EXPORT, choose_commit, publish
+from rayft.compose.session import Session, peak_memory
+from rayft.config.run import Run
+from rayft.core.record import Best, RunRecord
+from rayft.core.storage import Storage
+
+
+def execute(job: Job, rank: int, world: int, device: torch.device, signals: Signals) -> Outcome:
+    """Train from the newest commit (or from the start) to the end, or to a stop request.
+
+    Raises:
+        RayftError: with the exit code of what went wrong; the last commit stays intact.
+    """
+    began = time.monotonic()
+    run = Run.model_validate(job.config)
+    storage = Storage.open(run.storage).child(run.name)
+    parts = assemble(run, open_corpus(run, job.data_dir, job.data_hash), device)
+    session = Session(job, parts, storage, signals, began)
+    try:
+        resumed = session.restore()
+        progress = session.progress
+        if rank == 0:
+            signals.progress(_started(parts, progress))
+        if resumed is None:
+            session.evaluate(0)
+        hooks = Hooks(signals.stop_requested, session.log, session.evaluate, session.save)
+        schedule = Schedule(parts.steps, run.train.eval_every, run.train.save_every)
+        stepper = Stepper(parts.engine, parts.built.objective, parts.stream, parts.lrs)
+        status = train(stepper, schedule, progress, hooks)
+    except BaseException:
+        session.abandon()
+        raise
+    session.finish()
+    if status == "done" and rank == 0:
+        signals.progress({"kind": "export", "step": progress.step})
+        record = _record(job, parts, progress)
+        publish(parts.built, record, choose_commit(storage, record), storage.child(EXPORT))
+    return _outcome(status, session)
+
+
+def _started(parts: Parts, progress: Progress) -> dict[str, Any]:
+    return {
+        "kind": "start",
+        "step": progress.step,
+        "steps": parts.steps,
+        "params_total": parts.params_total,
+        "params_trainable": parts.params_trainable,
+        "groups": [group.name for group in parts.built.groups],
+    }
+
+
+def _record(job: Job, parts: Parts, progress: Progress) -> RunRecord:
+    """The facts a model card tells, as far as they are known before the driver's last word."""
+    return RunRecord(
+        name=parts.run.name,
+        status="done",
+        config=job.config,
+        config_hash=job.digest,
+        data_hash=job.data_hash,
+        seed=parts.run.seed,
+        steps=progress.step,
+        steps_total=parts.steps,
+        tokens=progress.tokens,
+        params_total=parts.params_total,
+        params_trainable=parts.params_trainable,
+        eval=progress.eval,
+        base=progress.base,
+        best=None if progress.best is None else Best(**progress.best),
+        seconds=progress.seconds,
+    )
+
+
+def _outcome(status: str, session: Session) -> Outcome:
+    parts, progress = session.parts, session.progress
+    return Outcome(
+        status=status,
+        step=progress.step,
+        steps_total=parts.steps,
+        tokens=progress.tokens,
+        eval=progress.eval,
+        base=progress.base,
+        best=progress.best,
+        peak_memory=_largest(peak_memory(session.device), session.device),
+        seconds=time.monotonic() - session.began,
+        params_total=parts.params_total,
+        params_trainable=parts.params_trainable,
+    )
+
+
+def _largest(value: int, device: torch.device) -> int:
+    """The maximum over ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    box = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box)

@@ -1,0 +1,63 @@
+"""One attempt at a run, seen from one worker: `execute` is all that the runtime calls.
+
+Nothing here knows Ray: with one rank and no process group the same code trains in-process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The tokenised data of a run."""
+
+    uri: str  # of the cache
+    hash: str  # of what was tokenised; names the tables in the cache
+    stats: dict[str, Any] = field(default_factory=dict)  # rows, tokens, cut, dropped, bad; by split
+    bad_rows: bytes = b""  # bad_rows.jsonl
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything an attempt needs; plain, picklable data."""
+
+    config: dict[str, Any]  # Run.resolved()
+    digest: str  # Run.digest(), compared on all ranks before the first step
+    attempt: str  # part of checkpoint names, so that two attempts can never merge
+    data_dir: str  # Prepared.uri
+    data_hash: str  # Prepared.hash
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attempt came to; the same on every rank."""
+
+    status: str  # "done" | "interrupted"
+    step: int
+    steps_total: int
+    tokens: int  # trained targets so far, over all attempts
+    eval: dict[str, float] = field(default_factory=dict)  # last evaluation
+    base: dict[str, float] = field(default_factory=dict)  # evaluation before the first step
+    best: dict[str, Any] | None = None  # {"step", "metric", "checkpoint"}
+    peak_memory: int = 0  # bytes, largest over ranks
+    seconds: float = 0.0  # of this attempt, start-up included
+    params_total: int = 0
+    params_trainable: int = 0
+
+
+class Signals(Protocol):
+    """The worker's line to the driver."""
+
+    def stop_requested(self) -> bool:
+        """True once the driver asked for a stop; cheap enough for every step."""
+        ...
+
+    def progress(self, event: dict[str, Any]) -> None:
+        """Send one event, fire and forget; rank 0 only. `kind`: start | step | eval | save | warn |
+        export."""
+        ...

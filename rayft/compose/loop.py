@@ -1,0 +1,152 @@
+"""The training loop. It sees terms, counts, groups and hooks; never the name of a technique.
+
+One step: take this rank's micro-batches, add up the counts over micro-batches and ranks, then run
+forward and
+backward with every row already divided by its global count, then one optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayft.core.batch import Batch
+from rayft.core.errors import DivergedError
+from rayft.core.protocols import Engine, Objective, Stream
+from rayft.core.reduce import counts, reduce_rows, scales, sum_over_ranks
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint, JSON only."""
+
+    step: int = 0
+    tokens: int = 0  # trained targets
+    seconds: float = 0.0  # wall clock over all attempts, up to `step`
+    base: dict[str, float] = field(default_factory=dict)
+    eval: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same numbers on every rank."""
+
+    loss: float  # nats per counted unit, before the update
+    grad_norm: float
+    lrs: dict[str, float]
+    tokens: int  # trained targets
+    tokens_seen: int  # all real tokens, prompts included
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Runs single optimizer steps."""
+
+    engine: Engine
+    objective: Objective
+    stream: Stream
+    lrs: Callable[[int], Mapping[str, float]]  # step (1-based) -> learning rate by group name
+
+    def run(self, step: int, stop: bool) -> StepResult | None:
+        """One step; None, and nothing done, when any rank asked for a stop."""
+        engine = self.engine
+        window = self.stream.window(step, engine.rank, engine.world)
+        totals, tokens, seen, stopped = self._totals(window, stop)
+        if stopped:
+            return None
+        loss = torch.zeros((), dtype=torch.float64)
+        for index, batch in enumerate(window):
+            loss += self._micro(batch, totals, last=index == len(window) - 1)
+        norm = engine.step(self.lrs(step))
+        loss = float(sum_over_ranks(loss, engine.device))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise DivergedError(
+                f"loss {loss:g}, gradient norm {norm:g}: not a number any more",
+                where=f"step {step}",
+                cause="learning rate too high, or a broken batch; this update was not applied",
+                fix="lower optim.lr or optim.clip; the last checkpoint is intact",
+            )
+        return StepResult(loss, norm, engine.lrs(), tokens, seen)
+
+    def _totals(self, window: list[Batch], stop: bool) -> tuple[Tensor, int, int, bool]:
+        """Global (terms, trials) counts, trained and seen tokens, and whether any rank wants to
+        stop.
+
+        One all-reduce for all of them: the stop flag travels with the counts, so every rank leaves
+        the loop at the same step.
+        """
+        own = counts(self.objective, window)
+        extra = torch.tensor(
+            [
+                sum(float(batch.tokens().sum()) for batch in window),
+                sum(float(batch.lengths.sum()) for batch in window),
+                float(stop),
+            ],
+            dtype=torch.float64,
+        )
+        summed = sum_over_ranks(torch.cat([own.flatten(), extra]), self.engine.device)
+        totals = summed[: own.numel()].view_as(own)
+        tokens, seen, stopped = summed[own.numel() :].tolist()
+        return totals, int(tokens), int(seen), stopped > 0
+
+    def _micro(self, batch: Batch, totals: Tensor, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; this rank's part of the loss, on CPU."""
+        batch = batch.to(self.engine.device)
+        scale = scales(self.objective, batch, totals)
+        loss = reduce_rows(self.engine.forward(batch, scale), scale)
+        self.engine.backward(loss, last=last)
+        return loss.detach().to("cpu", torch.float64)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When to evaluate and save."""
+
+    total: int
+    eval_every: int | None
+    save_every: int | None
+
+    def evaluates(self, step: int) -> bool:
+        """After this step?"""
+        return step == self.total or bool(self.eval_every and step % self.eval_every == 0)
+
+    def saves(self, step: int) -> bool:
+        """After this step?"""
+        every = self.save_every or self.eval_every
+        return step == self.total or bool(every and step % every == 0)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What happens around steps. All are called on every rank."""
+
+    stop: Callable[[], bool]
+    log: Callable[[int, StepResult, float], None]  # step, result, seconds of the step
+    evaluate: Callable[[int], bool]  # step -> is it the best so far
+    save: Callable[[int, bool], None]  # step, is it the best so far
+
+
+def train(stepper: Stepper, schedule: Schedule, progress: Progress, hooks: Hooks) -> str:
+    """Run from progress.step to the end; "done" or "interrupted". Both leave a saved state
+    behind."""
+    while progress.step < schedule.total:
+        began = time.perf_counter()
+        step = progress.step + 1
+        result = stepper.run(step, hooks.stop())
+        if result is None:
+            hooks.save(progress.step, False)
+            return "interrupted"
+        progress.step = step
+        progress.tokens += result.tokens
+        hooks.log(step, result, time.perf_counter() - began)
+        best = schedule.evaluates(step) and hooks.evaluate(step)
+        if best or schedule.saves(step):
+            hooks.save(step, best)
+    return "done"

@@ -1,0 +1,142 @@
+"""Work on a finished (or stopped) run from its storage alone, in this process, without Ray:
+`rayft eval` and `rayft export`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayft.compose.assemble import Built, build, held_out, strategy_of
+from rayft.compose.commit import Commit
+from rayft.compose.evaluate import evaluate
+from rayft.compose.publish import choose_commit
+from rayft.config.run import Run
+from rayft.config.strategies import DdpSpec
+from rayft.core.batch import Batch
+from rayft.core.errors import ConfigError, DataError
+from rayft.core.record import RunRecord
+from rayft.core.storage import Storage
+
+GENERATED_TOKENS = 64  # longest completion of `--generate`
+SHOWN = 3  # completions printed in full
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run on storage with its model in memory, still holding the base's weights."""
+
+    storage: Storage
+    record: RunRecord
+    run: Run
+    built: Built
+    device: torch.device
+
+
+class Still:
+    """The part of an Engine that evaluation needs: one rank, no optimizer."""
+
+    rank, world = 0, 1
+
+    def __init__(self, built: Built, device: torch.device) -> None:
+        self.step, self.device = built.step.to(device), device
+
+    def forward(self, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See core.protocols.Engine."""
+        return self.step(batch.tensors(), batch.packed, dict(scale))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """See core.protocols.Engine."""
+        self.step.eval()
+        with torch.no_grad():
+            yield
+
+
+def read_record(storage: Storage) -> RunRecord:
+    """run.json of a run's folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not storage.exists("run.json"):
+        raise ConfigError(
+            f"no run at {storage.uri}",
+            cause="it holds no run.json",
+            fix="give the run's own folder: <storage>/<name>",
+        )
+    return RunRecord.from_json(storage.read_text("run.json"))
+
+
+def open_run(where: str) -> Opened:
+    """Read the record and build the run's model with its base weights, on one device."""
+    storage = Storage.open(where)
+    record = read_record(storage)
+    run = Run.model_validate(record.config).model_copy(update={"strategy": DdpSpec()})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Opened(storage, record, run, build(run, device, strategy_of(run, device)), device)
+
+
+def load_weights(built: Built, commit: Commit) -> None:
+    """Copy the trained parameters of `commit` into the model."""
+    params = dict(built.step.named_parameters())
+    for name, tensor in commit.consolidated():
+        with torch.no_grad():
+            params[name].copy_(tensor)
+
+
+def evaluate_run(where: str, *, generate: int = 0, limit: int | None = None) -> str:
+    """The text of `rayft eval`: base against tuned, and completions of both.
+
+    Args:
+        where: the run's folder.
+        generate: completions to generate from held-out prompts and score by exact match.
+        limit: evaluate only so many held-out documents.
+
+    Raises:
+        DataError: the run names no held-out data.
+    """
+    opened = open_run(where)
+    if not opened.run.data.eval:
+        raise DataError("this run has no held-out data", fix="add data.eval to its config")
+    prepared = prepare_data(opened.run, lambda function, items: [function(item) for item in items])
+    corpus = open_corpus(opened.run, prepared.uri, prepared.hash)
+    held = corpus.eval if limit is None else corpus.eval.head(limit)
+    batches = held_out(opened.run, replace(corpus, eval=held), opened.built, 0, 1)
+    engine = Still(opened.built, opened.device)
+    questions = ask(held, opened.built.tokenizer, generate)
+
+    def measure() -> Measured:
+        found = evaluate(engine, opened.built.objective, batches, corpus.tasks)
+        return Measured(found, answer(opened.built, questions))
+
+    base = measure()
+    commit = choose_commit(opened.storage, opened.record)
+    load_weights(opened.built, commit)
+    return report(f"step {commit.step}", questions, base, measure())
+
+
+def export_run(
+    where: str,
+    *,
+    merge: bool = False,
+    check: str | None = None,
+    to: str | None = None,
+    step: int | None = None,
+) -> str:
+    """The text of `rayft export`: writes the hub layout of the best (or a given) checkpoint.
+
+    Args:
+        where: the run's folder.
+        merge: merge adapters into the unquantised base and write a plain model.
+        check: "vllm": also say whether vLLM would load the result.
+        to: where to write; default `<run>/export`, merged `<run>/export-merged`.
+        step: the checkpoint; default the best one.
+    """
+    opened = open_run(where)
+    commit = choose_commit(opened.storage, opened.record, step)
+    load_weights(opened.built, commit)
+    raise NotImplementedError

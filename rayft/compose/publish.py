@@ -1,0 +1,60 @@
+"""What a user takes away: one commit in hub layout, with tokenizer and model card."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from rayft.compose.assemble import Built, model_names
+from rayft.compose.commit import Commit, find_commit, load_commit, names
+from rayft.compose.export import write_model_card
+from rayft.compose.manifest import BadCommit, order
+from rayft.core.errors import StorageError
+from rayft.core.record import RunRecord
+from rayft.core.storage import Storage
+
+EXPORT = "export"
+log = logging.getLogger(__name__)
+
+
+def choose_commit(storage: Storage, record: RunRecord, step: int | None = None) -> Commit:
+    """The commit to take away: that of `step`, else the best evaluated one, else the newest.
+
+    Raises:
+        StorageError: there is none that verifies.
+    """
+    wanted = [record.best.checkpoint] if record.best is not None else []
+    if step is not None:
+        wanted = [name for name in names(storage) if (order(name) or (None,))[0] == step]
+    for name in wanted:
+        try:
+            return load_commit(storage, name)
+        except BadCommit as error:
+            log.warning("checkpoint %s is not used: %s", name, error)
+    found = None if step is not None else find_commit(storage, set_bad_aside=False)
+    if found is None:
+        kept = ", ".join(names(storage)) or "none"
+        what = "no committed checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise StorageError(what, where=storage.uri, fix=f"kept are: {kept}")
+    return found
+
+
+def publish(built: Built, record: RunRecord, commit: Commit, target: Storage) -> None:
+    """Write the export of `commit` below `target`.
+
+    The files are made and read back in a local folder first, so that an old export goes only when
+    the new one is ready.
+    """
+    state = model_names(dict(commit.consolidated()))
+    with tempfile.TemporaryDirectory(prefix="rayft-export-") as temporary:
+        folder = Path(temporary)
+        for method in built.methods:
+            method.export(built.model, state, folder)
+        built.tokenizer.save_pretrained(folder)
+        write_model_card(folder, replace(record, steps=commit.step))
+        target.delete()
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                target.upload(path, str(path.relative_to(folder)))

@@ -1,0 +1,200 @@
+"""What surrounds the loop on one rank: restore, log, evaluate, save. Rank 0 writes the metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from rayft.compose.assemble import Parts
+from rayft.compose.checkpoint import CheckpointWriter
+from rayft.compose.commit import Commit, find_commit, load_commit
+from rayft.compose.evaluate import evaluate
+from rayft.compose.job import Job, Signals
+from rayft.compose.loop import Progress, StepResult
+from rayft.compose.manifest import folder_name
+from rayft.core.errors import StorageError
+from rayft.core.storage import Appender, Storage
+
+T = TypeVar("T")
+_LAST_SAVE_SECONDS = 15.0
+
+
+def agree(decide: Callable[[], T], rank: int, world: int) -> T:
+    """What rank 0 decides, on every rank (plain picklable data)."""
+    box: list[Any] = [decide() if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: largest GPU allocation so far, or on CPU the largest resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """This rank's generators. Only torch's are used after start-up (dropout); data order needs
+    none."""
+    state = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng(
+    state: dict[str, torch.Tensor], seed: int, rank: int, step: int, device: torch.device
+) -> None:
+    """Restore `state`; a rank that did not exist when it was saved is seeded afresh."""
+    if "rng.cpu" not in state:
+        torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
+        return
+    torch.set_rng_state(state["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in state:
+        torch.cuda.set_rng_state(state["rng.cuda"], device)
+
+
+@dataclass
+class Session:
+    """The side effects of one attempt on one rank."""
+
+    job: Job
+    parts: Parts
+    storage: Storage  # of the run
+    signals: Signals
+    began: float  # time.monotonic() when this attempt started
+    progress: Progress = field(default_factory=Progress)
+    earlier: float = 0.0  # seconds of the attempts before this one
+
+    def __post_init__(self) -> None:
+        engine = self.parts.engine
+        self.rank, self.world, self.device = engine.rank, engine.world, engine.device
+        self.writer = CheckpointWriter(
+            self.storage,
+            self.rank,
+            self.world,
+            self.job.attempt,
+            keep=self.parts.run.train.keep,
+            config=self.job.digest,
+        )
+        self.metrics = Appender(self.storage, "metrics.jsonl") if self.rank == 0 else None
+
+    # ---- restore
+
+    def restore(self) -> Commit | None:
+        """Continue from the newest commit that verifies; None when there is none."""
+        name = agree(self._newest, self.rank, self.world)
+        if name is None:
+            set_rng({}, self.parts.run.seed, self.rank, 0, self.device)
+            return None
+        commit = load_commit(self.storage, name, verify=False)  # rank 0 has just verified it
+        with commit.reader() as reader:
+            self.parts.engine.load(reader)
+            saved = reader.whole(self.rank) if self.rank < commit.world else {}
+            set_rng(saved, self.parts.run.seed, self.rank, commit.step, self.device)
+        self.progress = Progress(**commit.extra(0)["progress"])
+        self.earlier = self.progress.seconds
+        self.writer.parent = commit.name
+        return commit
+
+    def _newest(self) -> str | None:
+        commit = find_commit(self.storage)
+        return None if commit is None else commit.name
+
+    # ---- the loop's hooks
+
+    def log(self, step: int, result: StepResult, seconds: float) -> None:
+        """One line of metrics.jsonl and one progress event."""
+        run = self.parts.run
+        if self.rank != 0 or (step % run.train.log_every and step != self.parts.steps):
+            return
+        line = {
+            "step": step,
+            "split": "train",
+            "loss": result.loss,
+            "lr": result.lrs,
+            "grad_norm": result.grad_norm,
+            "tokens": self.progress.tokens,
+            "tokens_per_s": result.tokens_seen / seconds,
+            "seconds": self.seconds(),
+            "memory": peak_memory(self.device),
+        }
+        self._record("step", line)
+
+    def evaluate(self, step: int) -> bool:
+        """Evaluate, log, and say whether it is the best so far. Step 0 is the base model."""
+        parts = self.parts
+        if not parts.eval_batches:
+            return False
+        found = evaluate(parts.engine, parts.built.objective, parts.eval_batches, parts.tasks)
+        if step == 0:
+            self.progress.base = found
+        self.progress.eval = found
+        if self.rank == 0:
+            line = {"step": step, "split": "eval", "loss": found["eval_loss"], **found}
+            self._record("eval", {**line, "seconds": self.seconds()})
+        best = self.progress.best
+        if step == 0 or (best is not None and found["eval_loss"] >= best["metric"]):
+            return False
+        name = folder_name(step, self.job.attempt)
+        self.progress.best = {"step": step, "metric": found["eval_loss"], "checkpoint": name}
+        return True
+
+    def save(self, step: int, best: bool) -> None:
+        """Snapshot the state and let the writer commit it in the background."""
+        self.progress.seconds = self.seconds()
+        shard = self.parts.engine.shard()
+        whole = {**shard.whole, **rng_state(self.device)}
+        extra = {
+            "progress": asdict(self.progress),
+            "data_hash": self.job.data_hash,
+            "cursor": step,  # steps of the stream consumed: its order is a function of the step
+            "accumulation": 0,  # saves happen at step borders only
+        }
+        if self.metrics is not None:
+            self.metrics.flush()
+        self.writer.save(step, replace(shard, whole=whole), extra, best=best)
+        if self.rank != 0:
+            return
+        problem = self.writer.poll()
+        if problem is not None:
+            self.signals.progress({"kind": "warn", "step": step, "text": problem.what})
+        stalled = self.writer.stats.stall_seconds
+        self.signals.progress({"kind": "save", "step": step, "stall": stalled})
+
+    # ---- the end
+
+    def finish(self) -> None:
+        """Wait for the last commit; its failure is the run's failure."""
+        self.writer.wait()
+        if self.metrics is not None:
+            self.metrics.close()
+
+    def abandon(self) -> None:
+        """After an error: give a save under way a moment, keep what there is, raise nothing.
+
+        A dead rank's manifest may never come, so the wait is short; the error itself matters more.
+        """
+        with contextlib.suppress(StorageError):
+            self.writer.wait(timeout=_LAST_SAVE_SECONDS)
+        with contextlib.suppress(StorageError):
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def seconds(self) -> float:
+        """Wall clock of the run so far, without what was lost between attempts."""
+        return self.earlier + time.monotonic() - self.began
+
+    def _record(self, kind: str, line: dict[str, Any]) -> None:
+        """Rank 0: to storage and to the driver."""
+        if self.metrics is not None:
+            self.metrics.append(line)
+        self.signals.progress({**line, "kind": kind, "steps": self.parts.steps})

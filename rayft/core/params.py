@@ -1,0 +1,21 @@
+"""Sizes of parameters that may live elsewhere: ZeRO-3 leaves an empty tensor behind and keeps the
+true shape on the parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def is_partitioned(param: nn.Parameter) -> bool:
+    """True where ZeRO-3 holds only a slice of `param` here.
+
+    DeepSpeed marks such a parameter by attributes on the object itself; looking for them is the one
+    way to know that needs no deepspeed import.
+    """
+    return hasattr(param, "ds_shape")
+
+
+def full_shape(param: nn.Parameter) -> torch.Size:
+    """The shape of the whole parameter, wherever its elements are."""
+    return torch.Size(param.ds_shape) if is_partitioned(param) else param.shape

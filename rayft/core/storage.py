@@ -1,0 +1,311 @@
+"""Run storage: a local path, NFS, s3:// or gs://, with atomic writes, retries, one kind of error.
+
+Paths given to a `Storage` are relative to it, with forward slashes. Transient errors (5xx, resets,
+EIO, stale NFS handles) are tried again with exponential back-off and full jitter, a bounded number
+of times; what remains is a StorageError (exit 6) that names the place. A missing file is
+FileNotFoundError.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, TypeVar
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from rayft.core.backends import Backend, Entry, Objects, Posix, open_for_append
+from rayft.core.errors import StorageError
+from rayft.core.retry import Retry, shown
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Storage:
+    """A folder on storage."""
+
+    def __init__(self, backend: Backend, root: str, uri: str, retry: Retry | None = None) -> None:
+        self._backend, self._root, self.uri = backend, root, uri
+        self._retry = retry or Retry()
+
+    @staticmethod
+    def open(uri: str, retry: Retry | None = None) -> Storage:
+        """The folder `uri`; it need not exist.
+
+        Object stores take pyarrow's URIs, options in the query:
+        `s3://bucket/path?endpoint_override=host:9000&scheme=http&region=us-east-1`.
+
+        Raises:
+            StorageError: the URI means nothing, or its options are wrong.
+        """
+        parts = urlsplit(uri)
+        if parts.scheme in ("", "file"):
+            raw = unquote(parts.path) if parts.scheme else uri
+            path = Path(raw).expanduser().resolve()
+            return Storage(Posix(), str(path), str(path), retry)
+        from pyarrow import ArrowException
+        from pyarrow.fs import FileSystem
+
+        try:
+            fs, path = FileSystem.from_uri(uri)
+        except (ArrowException, OSError, ValueError) as error:
+            raise StorageError(
+                f"cannot open {shown(uri)}: {error}", fix="a local path, s3://... or gs://..."
+            ) from error
+        return Storage(Objects(fs), path.rstrip("/"), uri, retry)
+
+    def __repr__(self) -> str:
+        return f"Storage({shown(self.uri)!r})"
+
+    def __reduce__(self):
+        return Storage.open, (self.uri, self._retry)
+
+    @property
+    def is_local(self) -> bool:
+        """A mounted file system of this machine (which may be NFS)."""
+        return isinstance(self._backend, Posix)
+
+    def child(self, *parts: str) -> Storage:
+        """The folder below."""
+        tail = "/".join(parts)
+        if self.is_local:
+            uri = self._path(tail)
+        else:
+            split = urlsplit(self.uri)
+            uri = urlunsplit(split._replace(path=f"{split.path.rstrip('/')}/{tail}"))
+        return Storage(self._backend, self._path(tail), uri, self._retry)
+
+    def shown(self, path: str = "") -> str:
+        """The full address for people: without credentials and options."""
+        return "/".join(part for part in (shown(self.uri).rstrip("/"), path) if part)
+
+    def attempt(self, doing: str, path: str, action: Callable[[], T]) -> T:
+        """`action()`, again after transient errors (see `Retry.run`); it must be safe to repeat."""
+        return self._retry.run(doing, self.shown(path), action)
+
+    def exists(self, path: str = "") -> bool:
+        """Whether a file or folder is there."""
+        return self._do("look at", path, self._backend.entry) is not None
+
+    def read_bytes(self, path: str) -> bytes:
+        """The whole file."""
+        return self._do("read", path, self._backend.read)
+
+    def read_text(self, path: str) -> str:
+        """The whole file, UTF-8."""
+        return self.read_bytes(path).decode()
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Replace the file, atomically; on return it is durable."""
+        self._do("write", path, lambda full: self._backend.write(full, data))
+
+    def write_text(self, path: str, text: str) -> None:
+        """`write_bytes` in UTF-8."""
+        self.write_bytes(path, text.encode())
+
+    def open_input(self, path: str) -> IO[bytes]:
+        """A seekable file for reading; reads raise OSError."""
+        return self._do("open", path, self._backend.open_input)
+
+    def open_output(self, path: str) -> IO[bytes]:
+        """A stream for writing in place: durable after `close`, NOT atomic. Use it for files that
+        something else (a manifest) declares valid. Writes raise OSError."""
+        return self._do("create", path, self._backend.open_output)
+
+    def list(self, path: str = "", recursive: bool = False) -> list[Entry]:
+        """Entries by name; nothing when the folder is missing. Names are relative to `path`."""
+        found = self._do("list", path, lambda full: self._backend.entries(full, recursive))
+        return sorted(found, key=lambda entry: entry.name)
+
+    def delete(self, path: str = "") -> None:
+        """A file, or a folder with all below; nothing when it is missing."""
+        self._do("delete", path, self._backend.delete)
+
+    def local_path(self, path: str = "") -> Path | None:
+        """Where it lies on this machine; None on an object store."""
+        return Path(self._path(path)) if self.is_local else None
+
+    def download(self, path: str, to: Path) -> Path:
+        """Copy one file to the local file `to`."""
+
+        def copy(full: str) -> None:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with self._backend.open_input(full) as source, to.open("wb") as target:
+                shutil.copyfileobj(source, target, 4 << 20)
+
+        self._do("download", path, copy)
+        return to
+
+    def upload(self, source: Path, path: str) -> None:
+        """Copy the local file `source` to `path`."""
+
+        def copy(full: str) -> None:
+            with source.open("rb") as data, self._backend.open_output(full) as target:
+                shutil.copyfileobj(data, target, 4 << 20)
+
+        self._do("upload", path, copy)
+
+    def _path(self, path: str) -> str:
+        return f"{self._root}/{path}".rstrip("/") if path else self._root
+
+    def _do(self, doing: str, path: str, action: Callable[[str], T]) -> T:
+        return self.attempt(doing, path, lambda: action(self._path(path)))
+
+
+def probe(storage: Storage) -> None:
+    """Write, read back and delete a small file.
+
+    Raises:
+        StorageError: naming the URI and the system's reason.
+    """
+    name = f".probe-{os.getpid()}-{random.getrandbits(32):08x}"
+    try:
+        storage.write_bytes(name, name.encode())
+        back = storage.read_bytes(name)
+        storage.delete(name)
+    except (StorageError, FileNotFoundError) as error:
+        reason = error.what if isinstance(error, StorageError) else str(error)
+        raise StorageError(
+            f"storage {storage.shown()} is not usable: {reason}",
+            fix="check that every worker may write there, or set storage: to another place",
+        ) from error
+    if back != name.encode():
+        raise StorageError(f"storage {storage.shown()} does not read back what was written")
+
+
+class Appender:
+    """An append-only JSON-lines file; one writer at a time.
+
+    Local: a line is with the system when `append` returns (a killed process loses nothing) and on
+    disk every few seconds. Object stores cannot append: lines gather in a part (`metrics.jsonl`,
+    `metrics-00001.jsonl`, ...) that a background thread rewrites every few seconds until it is
+    full; a new Appender starts a new part. There a failed upload is logged and tried again with the
+    next; only `flush` and `close` raise it.
+    """
+
+    def __init__(
+        self, storage: Storage, path: str, *, every: float = 5.0, part_bytes: int = 1 << 20
+    ) -> None:
+        self._storage, self._path, self._every, self._part_bytes = storage, path, every, part_bytes
+        self._synced = time.monotonic()
+        self._lines: list[bytes] = []
+        self._pending: Future[None] | None = None
+        self._file: IO[bytes] | None = None
+        local = storage.local_path(path)
+        if local is not None:
+            self._file = storage.attempt("append to", path, lambda: open_for_append(local))
+        else:
+            self._part = len(_parts(storage, path))
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="appender")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one line.
+
+        Raises:
+            StorageError: a local write failed.
+        """
+        line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
+        if self._file is not None:
+            self._once(lambda file: file.write(line), self._file)
+        else:
+            self._lines.append(line)
+        if time.monotonic() - self._synced > self._every:
+            self._sync()
+
+    def flush(self) -> None:
+        """Return when everything appended is durable."""
+        if self._file is None:
+            self._settle(wait=True)
+            self._upload()
+        else:
+            self._sync()
+
+    def close(self) -> None:
+        """`flush`, then no more."""
+        try:
+            self.flush()
+        finally:
+            if self._file is not None:
+                self._file.close()
+            else:
+                self._thread.shutdown()
+
+    def __enter__(self) -> Appender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _sync(self) -> None:
+        self._synced = time.monotonic()
+        if self._file is not None:
+            self._once(lambda file: os.fsync(file.fileno()), self._file)
+        elif self._settle(wait=False):
+            self._pending = self._thread.submit(self._upload)
+
+    def _once(self, action: Callable[[IO[bytes]], Any], file: IO[bytes]) -> None:
+        """Neither half a line nor a failed fsync can be repeated."""
+        place = self._storage.shown(self._path)
+        Retry(attempts=1).run("append to", place, lambda: action(file))
+
+    def _settle(self, *, wait: bool) -> bool:
+        """Whether no upload is under way; a failed one is only logged, its lines are still here."""
+        if self._pending is None or not (wait or self._pending.done()):
+            return self._pending is None
+        error = self._pending.exception()
+        self._pending = None
+        if error is not None:
+            log.warning("metrics not uploaded yet: %s", error)
+        return True
+
+    def _upload(self) -> None:
+        count = len(self._lines)  # the training thread may append meanwhile
+        data = b"".join(self._lines[:count])
+        if not data:
+            return
+        self._storage.write_bytes(_part(self._path, self._part), data)
+        if len(data) >= self._part_bytes:
+            del self._lines[:count]
+            self._part += 1
+
+
+def read_jsonl(storage: Storage, path: str) -> list[dict[str, Any]]:
+    """All rows of all parts, in order; [] when there is none. A torn line (a writer was killed) is
+    ignored; one that is not the last of its part is also logged."""
+    rows: list[dict[str, Any]] = []
+    for part in _parts(storage, path):
+        lines = storage.read_bytes(part).split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except ValueError:  # also bytes that are not UTF-8
+                row = None
+                if number < len(lines):
+                    log.warning("%s:%d is not JSON, ignored", storage.shown(part), number)
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows
+
+
+def _part(path: str, number: int) -> str:
+    stem, dot, suffix = path.rpartition(".")
+    return path if number == 0 else f"{stem}-{number:05d}{dot}{suffix}"
+
+
+def _parts(storage: Storage, path: str) -> list[str]:
+    """The parts that exist, first to last."""
+    folder, slash, name = path.rpartition("/")
+    stem, _, suffix = name.rpartition(".")
+    numbered = re.compile(rf"{re.escape(stem)}-(\d{{5}})\.{re.escape(suffix)}")
+    names = [entry.name for entry in storage.list(folder)]
+    later = sorted(other for other in names if numbered.fullmatch(other))
+    return [f"{folder}{slash}{part}" for part in ([name] if name in names else []) + later]

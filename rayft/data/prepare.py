@@ -1,0 +1,136 @@
+"""The token table of a run: from the cache if its content is known, else tokenised and cached.
+
+The cache is a folder per content hash: over the bytes of the files, the tokenizer, and the options
+that decide about tokens. A byte changed anywhere gives another hash; moving a file, a weight or a
+task tag does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rayft.config.data import DataSpec
+from rayft.config.objectives import ObjectiveSpec
+from rayft.core.errors import DataError
+from rayft.core.storage import Storage
+from rayft.data import table as tables
+from rayft.data.sources import Source
+from rayft.data.table import TokenTable
+from rayft.data.tokenise import (
+    Recipe,
+    Shard,
+    merge,
+    recipe,
+    sources_of,
+    split_work,
+    task_names,
+    tokenise_shard,
+)
+
+VERSION = 1  # raise it when the same rows would become other tokens
+_NAMED = 6  # bad rows that an error names
+
+
+def prepare(
+    data: DataSpec,
+    objective: ObjectiveSpec,
+    tokenizer: Any,
+    cache: Storage,
+    *,
+    heldout: bool = False,
+    chat_template: str | None = None,
+    run: Callable[[Sequence[Shard], Recipe], Iterable[TokenTable]] | None = None,
+) -> TokenTable:
+    """The token table of data.train (or, `heldout`, of data.eval): from the cache if it is there,
+    else tokenised by `run` (shards, recipe -> a table per shard, in order; default: here) and
+    cached.
+
+    Raises:
+        ConfigError, DataError: see split_work, merge and check_bad. StorageError: the cache.
+    """
+    sources, how = sources_of(data, heldout=heldout), recipe(data, objective, chat_template)
+    names = task_names(data)
+    tasks = [names.index(source.task) for source in sources]
+    prints = fingerprint(sources, tokenizer, how)
+    digest = data_hash(prints)
+    folder = cache.child(digest)
+    table = tables.load(folder, [source.name for source in sources], digest, tasks)
+    if table is None:
+        shards = split_work(sources, tokenizer, how)
+        parts = run(shards, how) if run else (tokenise_shard(s, tokenizer, how) for s in shards)
+        made = merge([source.name for source in sources], shards, list(parts), digest)
+        tables.save(made, {"hash": digest, "fingerprint": prints}, folder)
+        table = made.with_tasks(tasks)
+    check_bad(table, data.bad_rows, listed=folder.shown(tables.BAD_ROWS))
+    return table
+
+
+def check_bad(table: TokenTable, share: float, listed: str = "") -> None:
+    """Refuse a table with too many bad rows (all of them are in the file `listed`), or a source
+    without documents.
+
+    Raises:
+        DataError: naming the first bad rows.
+    """
+    total = table.total
+    first = "\n".join(f"  {item.place}: {item.reason}" for item in table.bad[:_NAMED])
+    if total.bad and total.bad > share * total.rows:
+        more = f"\n  ... and {total.bad - _NAMED} more" if total.bad > _NAMED else ""
+        raise DataError(
+            f"{total.bad} of {total.rows} rows are bad, data.bad_rows allows {share:.2%}:\n"
+            f"{first}{more}",
+            where=f"all are in {listed}" if listed else "",
+            fix="mend the rows, or raise data.bad_rows",
+        )
+    for name, count in zip(table.sources, table.counts, strict=True):
+        if not count.documents:
+            raise DataError(
+                f"data source {name} gives no document: {count.rows} rows, {count.bad} bad, "
+                f"{count.dropped} longer than max_length" + (f"\n{first}" if first else "")
+            )
+
+
+def fingerprint(sources: Sequence[Source], tokenizer: Any, how: Recipe) -> dict[str, Any]:
+    """Everything that decides about the table, by name: {"sources": [{"content": {file: hash},
+    "layout": ...}], "tokenizer": hash, "recipe": ..., "version": ...}. Two of them can be compared
+    to say what changed. Local files count by their bytes; objects by size and time of change."""
+    return {
+        "version": VERSION,
+        "recipe": asdict(how),
+        "tokenizer": _tokenizer_hash(tokenizer),
+        "sources": [
+            {
+                "content": source.rows.digests(),
+                "layout": asdict(source.layout),
+                "samples": source.samples,
+            }
+            for source in sources
+        ],
+    }
+
+
+def data_hash(prints: dict[str, Any]) -> str:
+    """sha256 (16 hex digits) of a fingerprint; where the files lie does not matter."""
+    bare = {**prints, "sources": [_nameless(source) for source in prints["sources"]]}
+    text = json.dumps(bare, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _nameless(source: dict[str, Any]) -> dict[str, Any]:
+    return {**source, "content": list(source["content"].values())}
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """Of what turns text into ids: the Rust tokenizer as JSON where there is one, else the
+    vocabulary; the chat template and the special tokens."""
+    if tokenizer.is_fast:
+        core = json.loads(tokenizer.backend_tokenizer.to_str())
+        del core["truncation"], core["padding"]  # set anew by every call
+    else:
+        core = tokenizer.get_vocab()
+    facts = [core, tokenizer.chat_template, str(tokenizer.special_tokens_map)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

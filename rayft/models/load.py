@@ -1,0 +1,249 @@
+"""The base model and its tokenizer: from the hub, a folder or the package; frozen, in the wanted
+precision, on the wanted device. Weights come from safetensors only, so loading runs no pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from rayft.config.run import ModelSpec
+from rayft.core.errors import ConfigError
+from rayft.core.params import full_shape
+
+BUILTIN = {"tiny": Path(__file__).parent / "tiny"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes, in parameters; a quantised weight counts as the elements it stands for."""
+
+    total: int
+    trainable: int
+
+
+def resolve(path: str) -> str:
+    """`builtin:NAME` as its folder in the package; anything else as it is."""
+    if not path.startswith("builtin:"):
+        return path
+    name = path.removeprefix("builtin:")
+    if name not in BUILTIN:
+        known = ", ".join(f"builtin:{each}" for each in BUILTIN)
+        raise ConfigError(f"there is no builtin model {name!r}; there is {known}")
+    return str(BUILTIN[name])
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or `spec.tokenizer`, with `spec.chat_template` where given.
+
+    A tokenizer without a padding token pads with its end-of-text token: padding is never attended
+    to nor trained, and embeddings are never resized.
+
+    Raises:
+        ConfigError: not found, no network, or no token to pad with.
+    """
+    own = spec.tokenizer is None
+    source = resolve(spec.path if own else spec.tokenizer)
+    with _explained(source):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source,
+            revision=spec.revision if own else None,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    if spec.chat_template is not None:
+        tokenizer.chat_template = _template(spec.chat_template)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"the tokenizer of {source} has neither a padding nor an end-of-text token",
+                fix="name another one in model.tokenizer",
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    spec: ModelSpec,
+    *,
+    device: torch.device | str,
+    seed: int,
+    gradient_checkpointing: bool = False,
+    quant_storage: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """The base model on `device`, every parameter frozen.
+
+    Inside a strategy's `loading()` for ZeRO-3 the model is born sharded, and stays where DeepSpeed
+    puts it.
+
+    Args:
+        spec: what to load.
+        device: where the weights go.
+        seed: of `init: random`; the global random state is left as it was.
+        gradient_checkpointing: recompute activations in the backward pass.
+        quant_storage: dtype that nf4 codes are stored as (ZeRO-3 needs a floating one to shard it);
+            default uint8.
+
+    Raises:
+        ConfigError: not found, no network, no safetensors, unknown architecture, or an attention
+            implementation that the model or the machine does not have.
+    """
+    source = resolve(spec.path)
+    common = {"dtype": DTYPES[spec.dtype], "attn_implementation": spec.attention}
+    with _explained(source):
+        config = AutoConfig.from_pretrained(
+            source, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+        config.use_cache = False
+        if spec.init == "random":
+            model = _random(spec, config, seed, common, quant_storage, device)
+        else:
+            _refuse_pickles(source)
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
+                use_safetensors=True,
+                **common,
+                **_quantised(spec, quant_storage, device),
+            )
+    if spec.quant == "none" and not is_deepspeed_zero3_enabled():
+        model.to(device)
+    model.requires_grad_(False)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def model_facts(model: PreTrainedModel) -> ModelFacts:
+    """Parameter counts; exact for 4-bit weights and for weights that ZeRO-3 shards."""
+    packed = {
+        module.weight: module.in_features * module.out_features
+        for module in model.modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    }
+    sizes = {
+        param: packed.get(param, full_shape(param).numel()) for _, param in model.named_parameters()
+    }
+    return ModelFacts(
+        total=sum(sizes.values()),
+        trainable=sum(size for param, size in sizes.items() if param.requires_grad),
+    )
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for."""
+    rows = full_shape(model.get_input_embeddings().weight)[0]
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}",
+            fix="name the model's own tokenizer in model.tokenizer (embeddings are never resized)",
+        )
+
+
+def _random(
+    spec: ModelSpec,
+    config: PretrainedConfig,
+    seed: int,
+    common: dict[str, Any],
+    quant_storage: torch.dtype | None,
+    device: torch.device | str,
+) -> PreTrainedModel:
+    """Fresh weights from the config; the same on every rank and machine for one seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=spec.trust_remote_code, **common
+        )
+    if spec.quant == "none":
+        return model
+    return type(model).from_pretrained(
+        None,
+        config=config,
+        state_dict=model.state_dict(),
+        **common,
+        **_quantised(spec, quant_storage, device),
+    )
+
+
+def _quantised(
+    spec: ModelSpec, quant_storage: torch.dtype | None, device: torch.device | str
+) -> dict[str, Any]:
+    """Further arguments of from_pretrained; the output head stays unquantised."""
+    if spec.quant == "none":
+        return {}
+    if spec.quant == "int8":
+        quant = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        quant = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=spec.double_quant,
+            bnb_4bit_compute_dtype=DTYPES[spec.dtype],
+            bnb_4bit_quant_storage=quant_storage,
+        )
+    place = {} if is_deepspeed_zero3_enabled() else {"device_map": {"": device}}
+    return {"quantization_config": quant, **place}
+
+
+def _template(text: str) -> str:
+    """Jinja text as it is, a file's content otherwise."""
+    if "{{" in text or "{%" in text:
+        return text
+    file = Path(text)
+    if not file.is_file():
+        raise ConfigError(
+            f"model.chat_template is neither jinja text nor a file: {text}",
+            fix="give a path from the working directory, or the template itself",
+        )
+    return file.read_text(encoding="utf-8")
+
+
+def _refuse_pickles(source: str) -> None:
+    """A local folder must hold safetensors."""
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin"))
+        raise ConfigError(
+            f"{source} holds no safetensors weights" + (", only .bin files" if pickled else ""),
+            cause="rayft loads safetensors only: a .bin file runs code when opened"
+            if pickled
+            else "the folder is not a saved model, or the copy is incomplete",
+            fix="load it where you trust it and save_pretrained(folder) again, which writes "
+            "safetensors",
+        )
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """What transformers says about a model that cannot be loaded, as one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        local = Path(source).exists()
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"cannot load model {source}: {first[:300]}",
+            cause="not a complete transformers model folder, or a setting it does not support"
+            if local
+            else "no such folder, no such hub id, a gated model, or no way to the hub from here",
+            fix=f"look at {source}/config.json and the model.* settings"
+            if local
+            else "check the spelling, set HF_TOKEN for gated models, or give a local folder",
+        ) from error

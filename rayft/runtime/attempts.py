@@ -1,0 +1,126 @@
+"""Retries: which failure is worth another attempt, and when to stop with a diagnosis.
+
+`decide` is pure; `persevere` only carries it out. Ray Train's own retries are off
+(FailureConfig(max_failures=0)) because they restart at once, without end and without looking at
+what failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rayft.core.errors import RayftError
+from rayft.runtime.failure import Failure, WorkerFailed, first_line, hint
+
+T = TypeVar("T")
+
+SAME = 3  # the same error at the same step so often is no accident
+FINAL = frozenset({2, 3, 4, 5, 75})  # exit codes that another attempt cannot change
+FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How one attempt ended, and how far it had come."""
+
+    failure: Failure
+    reached: int  # last finished step
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Try again after `delay` seconds."""
+
+    delay: float
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Stop; `reason` completes the sentence "stopped: ..."."""
+
+    reason: str
+
+
+def decide(history: Sequence[Attempt], retries: int, start: int = 0) -> Retry | GiveUp:
+    """What to do after the last attempt of `history` failed.
+
+    Args:
+        history: failed attempts, oldest first; never empty.
+        retries: attempts allowed after one that made no progress (scale.retries).
+        start: the step this command started from. An attempt makes progress when it finishes a step
+            that none before it had finished; that resets the count.
+    """
+    last = history[-1]
+    if last.failure.exit_code in FINAL:
+        return GiveUp("another attempt cannot change this")
+    stalled, furthest = 0, start
+    for attempt in history:
+        stalled = 1 if attempt.reached > furthest else stalled + 1
+        furthest = max(furthest, attempt.reached)
+    if _repeats(history):
+        return GiveUp(f"the same error at the same step {SAME} times")
+    if stalled > retries:
+        return GiveUp(f"{len(history)} failed attempt{'s' * (len(history) > 1)}")
+    return Retry(min(LONGEST_DELAY, FIRST_DELAY * 2 ** (stalled - 1)))
+
+
+def _repeats(history: Sequence[Attempt]) -> bool:
+    tail = [(one.failure.fingerprint, one.failure.step) for one in history[-SAME:]]
+    return len(tail) == SAME and len(set(tail)) == 1
+
+
+def persevere(
+    launch: Callable[[int], T],
+    *,
+    retries: int,
+    reached: Callable[[], int],
+    wait: Callable[[float], None],
+    failed: Callable[[Failure, Retry | GiveUp], str],
+    again: str,
+) -> T:
+    """Call `launch(number of the attempt)` until it returns, or until `decide` says to stop.
+
+    Args:
+        launch: raises WorkerFailed or a RayftError; anything else is a defect of rayft and
+            passes through.
+        reached: the last finished step, of this or an earlier attempt.
+        wait: sleeps, or raises InterruptedRun when the user wants to stop meanwhile.
+        failed: told of every failure; keeps the full traceback and returns where.
+        again: the command that continues the run.
+
+    Raises:
+        RayftError: the diagnosis, at most 15 lines.
+    """
+    history: list[Attempt] = []
+    start = reached()
+    while True:
+        try:
+            return launch(len(history))
+        except WorkerFailed as error:
+            failure = error.failure
+        except RayftError as error:
+            failure = Failure(type(error).__name__, error.what, str(error), 0.0, error=error)
+        history.append(Attempt(failure, reached()))
+        verdict = decide(history, retries, start)
+        kept = failed(failure, verdict)
+        if isinstance(verdict, GiveUp):
+            raise diagnosis(failure, verdict, kept, again)
+        wait(verdict.delay)
+
+
+def diagnosis(failure: Failure, verdict: GiveUp, kept: str, again: str) -> RayftError:
+    """The error that ends the run: what, which rank and step, why, where the traceback lies."""
+    if failure.error is not None:
+        own = failure.error
+        where = ", ".join(part for part in (failure.where, own.where) if part)
+        return type(own)(own.what, where=where, cause=own.cause, fix=own.fix or again)
+    message = first_line(failure.message)
+    return RayftError(
+        f"training failed: {failure.kind}{': ' * bool(message)}{message}\n"
+        f"  stopped: {verdict.reason}\n  traceback: {kept}",
+        where=failure.where,
+        cause=hint(failure),
+        fix=f"mend the cause, then continue from the last checkpoint: {again}",
+    )

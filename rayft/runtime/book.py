@@ -1,0 +1,238 @@
+"""The driver's view of a run: run.json, the events that come in, the failures that are kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+import secrets
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rayft.compose.job import Job, Outcome
+from rayft.config.run import Run
+from rayft.core.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    InterruptedRun,
+    StorageError,
+)
+from rayft.core.record import Best, RunRecord, Status
+from rayft.core.storage import Storage
+from rayft.runtime.attempts import GiveUp, Retry
+from rayft.runtime.failure import Failure, first_line
+from rayft.runtime.progress import Event, View
+from rayft.runtime.trackers import Trackers
+
+RECORD = "run.json"
+PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
+_AGAIN = "put the config back to continue it, choose another name, or `rayft runs {} rm {}`"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The tokenised data of a run."""
+
+    uri: str
+    hash: str
+    stats: dict[str, Any] = field(default_factory=dict)  # rows, tokens, cut, dropped, bad
+
+
+class Book:
+    """Keeps run.json true while a run goes on."""
+
+    def __init__(self, home: Storage, run: Run, view: View) -> None:
+        self.home, self._run, self._view = home, run, view
+        self.record = _previous(home, run)
+        self.reached = self.record.steps  # furthest finished step of any attempt
+        self._step: int | None = None  # last finished step of this attempt
+        self._before, self._began = self.record.seconds, time.monotonic()
+        self._trackers: Trackers | None = None
+        self._begun = False  # before it has, errors leave run.json as it is
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to do."""
+        return self.record.status == "done"
+
+    def begin(self, prepared: Prepared, hardware: dict[str, Any]) -> None:
+        """Training is about to start; from here on run.json exists.
+
+        Raises:
+            DataError: the data is not what the run began with.
+        """
+        before = self.record.data_hash
+        if before and before != prepared.hash:
+            raise DataError(
+                f"the data changed since run {self._run.name} began "
+                f"(hash {before[:12]}, now {prepared.hash[:12]})",
+                where="data.train, data.eval",
+                fix="put the data back to continue, or choose another name",
+            )
+        self._trackers = Trackers(self._run, self.home, self.warn)
+        self._begun = True
+        self._write(
+            status="running",
+            data_hash=prepared.hash,
+            data=prepared.stats,
+            versions=versions(),
+            hardware=hardware,
+            error="",
+        )
+
+    def job(self, prepared: Prepared) -> Job:
+        """The next attempt, under a name no other attempt of this run has."""
+        attempt = f"{self.record.attempts + 1:x}{secrets.token_hex(3)}"
+        self._step = None
+        self._write(attempts=self.record.attempts + 1)
+        return Job(self._run.resolved(), self._run.digest(), attempt, prepared.uri, prepared.hash)
+
+    def hear(self, events: Sequence[Event]) -> int | None:
+        """Take events; the last finished step of this attempt, None before it is known."""
+        for event in events:
+            self._view.show(event)
+            if self._trackers:
+                self._trackers.observe(event)
+            self._note(event)
+        return self._step
+
+    def _note(self, event: Event) -> None:
+        if event["kind"] in ("start", "step"):
+            self._step = int(event.get("step", 0))
+            self.reached = max(self.reached, self._step)
+        elif event["kind"] == "save":
+            self._write(steps=max(self.record.steps, int(event["step"])))
+
+    def warn(self, text: str) -> None:
+        """One warning line."""
+        self._view.show({"kind": "warn", "text": text})
+
+    def note(self, text: str) -> None:
+        """One plain line."""
+        self._view.show({"kind": "note", "text": text})
+
+    def failed(self, failure: Failure, verdict: Retry | GiveUp) -> str:
+        """Keep the traceback, say what happens next; where the traceback lies."""
+        name = f"errors/attempt-{self.record.attempts}.txt"
+        text = f"{failure.where}\n{failure.kind}: {failure.message}\n\n{failure.trace}\n"
+        try:
+            self.home.write_text(name, text)
+            place = self.home.shown(name)
+        except StorageError:
+            place = str(Path(tempfile.mkdtemp(prefix="rayft-error-")) / "traceback.txt")
+            Path(place).write_text(text)
+        if isinstance(verdict, Retry):
+            where = f" ({failure.where})" if failure.where else ""
+            self.warn(
+                f"attempt {self.record.attempts} failed{where}: {failure.kind}: "
+                f"{first_line(failure.message)}; next attempt in {verdict.delay:g} s ({place})"
+            )
+        return place
+
+    def finish(self, outcome: Outcome) -> RunRecord:
+        """The run reached its end, or a step boundary after a signal."""
+        status: Status = "done" if outcome.status == "done" else "interrupted"
+        best = outcome.best and Best(**outcome.best)
+        taken = ("tokens", "eval", "base", "peak_memory", "params_total", "params_trainable")
+        values = {name: vars(outcome)[name] for name in taken}
+        self._write(
+            status=status, steps=outcome.step, steps_total=outcome.steps_total, best=best, **values
+        )
+        return self.record
+
+    def broke(self, error: BaseException) -> None:
+        """The run ended with an error."""
+        if not self._begun:
+            return
+        status: Status = "failed"
+        if isinstance(error, DivergedError):
+            status = "diverged"
+        elif isinstance(error, InterruptedRun):
+            status = "interrupted"
+        self._write(status=status, error="" if status == "interrupted" else str(error))
+
+    def close(self) -> None:
+        """Let trackers finish and give the terminal back."""
+        if self._trackers:
+            self._trackers.close()
+        self._view.close()
+
+    def _write(self, **changes: Any) -> None:
+        seconds = self._before + time.monotonic() - self._began
+        self.record = replace(self.record, seconds=round(seconds, 3), **changes)
+        self.home.write_text(RECORD, self.record.to_json())
+
+
+def _previous(home: Storage, run: Run) -> RunRecord:
+    """What run.json says, or a fresh record.
+
+    Raises:
+        ConfigError: that run has another config.
+        StorageError: run.json cannot be read.
+    """
+    try:
+        record = RunRecord.from_json(home.read_text(RECORD))
+    except FileNotFoundError:
+        return RunRecord(run.name, "running", run.resolved(), run.digest(), seed=run.seed)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise StorageError(
+            f"{home.shown(RECORD)} is not a run record: {error}",
+            fix="restore it, or choose another name",
+        ) from error
+    if record.config_hash != run.digest():
+        raise ConfigError(
+            "\n".join([f"run {run.name} exists with another config:", *changes(record, run)]),
+            where=home.shown(RECORD),
+            fix=_AGAIN.format(run.storage, run.name),
+        )
+    # Free settings (workers, micro-batch, trackers) may differ; the record says what holds now.
+    return replace(record, config=run.resolved())
+
+
+def changes(record: RunRecord, run: Run) -> list[str]:
+    """`key: before -> now` for everything that must not change."""
+    try:
+        before = flat(Run.model_validate(record.config).identity())
+    except ValidationError:
+        before = flat(record.config)
+    now = flat(run.identity())
+    missing = "(absent)"
+    return [
+        f"  {key}: {before.get(key, missing)} -> {now.get(key, missing)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, missing) != now.get(key, missing)
+    ]
+
+
+def flat(data: Any, path: str = "") -> dict[str, Any]:
+    """{"a": {"b": [1]}} -> {"a.b.0": 1}, the way overrides name fields."""
+    if isinstance(data, dict):
+        items = [(str(key), value) for key, value in data.items()]
+    elif isinstance(data, list):
+        items = [(str(index), value) for index, value in enumerate(data)]
+    else:
+        return {path: data}
+    found: dict[str, Any] = {}
+    for key, value in items:
+        found |= flat(value, f"{path}.{key}" if path else key)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Of what shapes the numbers."""
+    from rayft import __version__
+
+    found = {"python": platform.python_version(), "rayft": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

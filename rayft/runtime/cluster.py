@@ -1,0 +1,128 @@
+"""Ray itself: join the cluster we are told of, else start one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from rayft.core.errors import ConfigError, RayftError
+
+NAMESPACE = "rayft"
+OBJECT_STORE = 256 * 2**20  # bytes: rayft moves data through storage, never through Ray's objects
+PASSED_ON = ("NCCL_", "GLOO_", "HF_", "RAYFT_", "TORCH_NCCL_", "FI_", "UCX_")  # driver -> workers
+_QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # no warning about CPU workers and CUDA devices
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # how soon the end, or the death, of a worker is seen
+    "RAY_DEDUP_LOGS": "1",
+}
+_LOCAL = {"RAY_USAGE_STATS_ENABLED": "0"}
+_LOCAL_CPU = {"DS_ACCELERATOR": "cpu"}
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """A Ray cluster inside the block. One that was there before (ray.init in a notebook,
+    RAY_ADDRESS, a job) stays; one that was started here ends with the block.
+
+    Environment: RAY_ADDRESS joins; RAYFT_DASHBOARD=0 starts a local Ray without its dashboard;
+    RAYFT_RAY_LOGS=1 shows the workers' output; RAY_TMPDIR moves Ray's files.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        yield
+        return
+    loud = os.environ.get("RAYFT_RAY_LOGS") == "1"
+    options = {
+        "namespace": NAMESPACE,
+        "log_to_driver": loud,
+        "logging_level": logging.INFO if loud else logging.ERROR,
+    }
+    _start(options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(options: dict) -> None:
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://", "ray://")):
+        raise ConfigError(
+            f"RAY_ADDRESS={address} is not an address that training can join",
+            cause="http:// is the job server, ray:// is Ray Client; drivers run in the cluster",
+            fix="use `rayft submit train CONFIG`, or unset RAY_ADDRESS",
+        )
+    if not address:
+        for name, value in _LOCAL.items():
+            os.environ.setdefault(name, value)
+        options |= {
+            "address": "local",
+            "object_store_memory": OBJECT_STORE,
+            "include_dashboard": os.environ.get("RAYFT_DASHBOARD", "1") != "0",
+        }
+    try:
+        ray.init(**options)
+    except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
+        raise RayftError(
+            f"cannot {'join the Ray cluster at ' + address if address else 'start Ray'}: {error}",
+            cause="no cluster there, or another token (RAY_AUTH_TOKEN)" if address else "",
+            fix="ray status" if address else "look into /tmp/ray/session_latest/logs",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node: its id, address and total resources."""
+
+    id: str
+    ip: str
+    resources: dict[str, float]
+
+
+def nodes() -> list[Node]:
+    """The living nodes."""
+    return [
+        Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def ceiling() -> dict[str, float] | None:
+    """What an autoscaler may grow the cluster to; None without an autoscaler.
+
+    Ray has no public call for this; the private one is held by a test.
+    """
+    return ray._private.state.state.get_max_resources_from_cluster_config()
+
+
+def passed_on() -> dict[str, str]:
+    """The driver's variables that workers need as well (a local Ray inherits them anyway)."""
+    return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+
+
+def hardware() -> dict[str, object]:
+    """What run.json says of the cluster."""
+    living = nodes()
+    total: dict[str, float] = {}
+    for node in living:
+        for name, amount in node.resources.items():
+            total[name] = total.get(name, 0) + amount
+    prefix = "accelerator_type:"
+    return {
+        "nodes": len(living),
+        "cpus": total.get("CPU", 0),
+        "gpus": total.get("GPU", 0),
+        "accelerators": sorted(
+            name.removeprefix(prefix) for name in total if name.startswith(prefix)
+        ),
+        "memory": int(total.get("memory", 0)),
+    }

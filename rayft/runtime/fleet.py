@@ -1,0 +1,53 @@
+"""scale.workers >= 1: connect, preflight, prepare the data in Ray tasks, attempts."""
+
+from __future__ import annotations
+
+from rayft.compose.job import Outcome
+from rayft.config.run import Run
+from rayft.runtime import launch, preflight
+from rayft.runtime.attempts import persevere
+from rayft.runtime.book import Book, Prepared
+from rayft.runtime.cluster import ceiling, connected, hardware, nodes
+from rayft.runtime.interrupt import Interrupt
+from rayft.runtime.spread import over_ray
+from rayft.runtime.types import Engine, Prepare
+
+
+def run_fleet(
+    run: Run, book: Book, interrupt: Interrupt, engine: Engine | None, prepare: Prepare, again: str
+) -> Outcome:
+    """All attempts of a run on Ray.
+
+    Raises:
+        RayftError: refused, failed for good, or interrupted.
+    """
+    with connected():
+        interrupt.check()
+        living, limit = nodes(), ceiling()
+        gpus = preflight.gpus_per_worker(run, living)
+        preflight.feasible(run, living, gpus, limit)
+        preflight.storage_everywhere(book.home, living)
+        prepared: Prepared = prepare(run, over_ray(interrupt))
+        interrupt.check()
+        book.begin(prepared, hardware())
+
+        def once(number: int) -> Outcome:
+            return launch.launch(
+                book.job(prepared),
+                run.scale,
+                workers=preflight.workers_now(run.scale, nodes(), gpus),
+                gpus=gpus,
+                engine=engine,
+                patient=limit is not None,
+                interrupt=interrupt,
+                heard=book.hear,
+            )
+
+        return persevere(
+            once,
+            retries=run.scale.retries,
+            reached=lambda: book.reached,
+            wait=interrupt.sleep,
+            failed=book.failed,
+            again=again,
+        )

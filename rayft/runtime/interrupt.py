@@ -1,0 +1,72 @@
+"""SIGTERM and SIGINT: the first asks for a save and a stop, the second stops at once, the third
+kills."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rayft.core.errors import InterruptedRun
+
+
+class Interrupt:
+    """Counts signals. `asked` and `forced` are read by whoever can act on them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @property
+    def asked(self) -> bool:
+        """Save at the step boundary, then stop."""
+        return self.count >= 1
+
+    @property
+    def forced(self) -> bool:
+        """Stop now."""
+        return self.count >= 2
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, unless a stop is asked for.
+
+        Raises:
+            InterruptedRun: it was; nothing is running, so there is nothing to save.
+        """
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.check()
+            time.sleep(0.1)
+
+    def check(self) -> None:
+        """Raises InterruptedRun when a stop is asked for and no training is under way."""
+        if self.asked:
+            raise InterruptedRun("stopped while no step was under way; nothing is lost")
+
+    def notice(self, signum: int, frame: object) -> None:
+        """The signal handler: takes no lock, so it may interrupt anything."""
+        self.count += 1
+        if self.count >= 3:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+
+@contextmanager
+def handling() -> Iterator[Interrupt]:
+    """Signals go to the Interrupt inside the block. Python allows handlers in the main thread only;
+    elsewhere (a notebook's worker thread) signals keep their meaning."""
+    interrupt = Interrupt()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+    former = {
+        number: signal.signal(number, interrupt.notice)
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield interrupt
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

@@ -1,0 +1,173 @@
+"""One attempt as one Ray Train run.
+
+Ray's own checkpoint registry is not used: its snapshot is overwritten in place and without hashes,
+and a torn one makes every later start of the same name fail. So every attempt has a name and a
+local folder of its own, and the state comes from rayft's commits.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from rayft.compose.job import Job, Outcome
+from rayft.config.run import ScaleSpec
+from rayft.core.errors import InterruptedRun
+from rayft.runtime.cluster import passed_on
+from rayft.runtime.control import Control, Event
+from rayft.runtime.failure import Failure, WorkerFailed, at_step, caught, first
+from rayft.runtime.interrupt import Interrupt
+from rayft.runtime.preflight import resources
+from rayft.runtime.types import Engine
+from rayft.runtime.worker import Task, work
+
+PERIOD = 0.2  # seconds between two looks at signals and events
+COLLECTIVE_TIMEOUT = 1800  # seconds a collective may take before the process group fails
+PLACEMENTS = 1  # further tries of 60 s each to place the workers of an attempt
+LEAVE = 20  # seconds that workers get to go away after a forced stop
+
+
+def launch(
+    job: Job,
+    scale: ScaleSpec,
+    *,
+    workers: int,
+    gpus: float,
+    engine: Engine | None,
+    patient: bool,
+    interrupt: Interrupt,
+    heard: Callable[[list[Event]], int | None],
+) -> Outcome:
+    """Run `job` on `workers` workers until it ends.
+
+    Args:
+        patient: an autoscaler may still bring nodes, so wait for them without end.
+        heard: takes the events that came in; returns the last finished step, if known.
+
+    Raises:
+        WorkerFailed: the first failure of any rank.
+        InterruptedRun: stopped at once by a second signal.
+    """
+    name = f"rayft-{job.config['name']}-{job.attempt}"
+    control = Control(name)
+    with tempfile.TemporaryDirectory(prefix="rayft-") as folder:
+        trainer = TorchTrainer(
+            work,
+            train_loop_config={
+                "task": Task(job, name, scale.cpus, str(Path.cwd()), engine),
+            },
+            torch_config=TorchConfig(
+                backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=gpus > 0,
+                resources_per_worker=resources(scale, gpus),
+                placement_strategy=scale.placement,
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=folder,
+                failure_config=FailureConfig(
+                    max_failures=0, controller_failure_limit=-1 if patient else PLACEMENTS
+                ),
+                worker_runtime_env=_environment(),
+            ),
+        )
+        fit = _Fit(trainer)
+        try:
+            return _follow(fit, control, interrupt, heard)
+        finally:
+            control.kill()
+            fit.join(LEAVE)
+
+
+def _environment() -> dict[str, Any] | None:
+    """Variables for workers on other nodes; a local Ray has inherited them, and asking for none
+    lets it hand out processes that are already warm."""
+    joined = os.environ.get("RAY_ADDRESS")
+    return {"env_vars": passed_on()} if joined and passed_on() else None
+
+
+class _Fit(threading.Thread):
+    """fit() outside of the main thread, where Ray Train installs no signal handler of its own."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(name="rayft-fit", daemon=True)
+        self._trainer = trainer
+        self.error: Exception | None = None
+        self.value: dict[str, Any] | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Keeps the result or the error."""
+        try:
+            self.value = self._trainer.fit().return_value
+        except Exception as error:  # a thread has nobody to raise to; the main thread does it
+            self.error = error
+
+
+def _follow(
+    fit: _Fit, control: Control, interrupt: Interrupt, heard: Callable[[list[Event]], int | None]
+) -> Outcome:
+    """Pass events on and signals down until the attempt ends."""
+    told = False
+    while fit.is_alive():
+        fit.join(PERIOD)
+        heard(control.drain())
+        if interrupt.asked and not told:
+            control.stop()
+            heard([{"kind": "warn", "text": "stopping after this step; once more to stop at once"}])
+            told = True
+        if interrupt.forced:
+            raise InterruptedRun(
+                "stopped at once, without a save", fix="the same command continues the run"
+            )
+    step = heard(control.drain())
+    if fit.error is not None:
+        raise WorkerFailed(_failure(fit.error, step)) from fit.error
+    if fit.value is None:
+        raise RuntimeError("Ray Train returned nothing from rank 0")
+    return Outcome(**fit.value)
+
+
+def _failure(error: Exception, step: int | None) -> Failure:
+    """What made a fit() fail: the first failed rank, or Ray itself."""
+    current = None if step is None else step + 1
+    if isinstance(error, TrainingFailedError) and "worker_failures" in vars(error):
+        ranks = {
+            rank: _of_rank(rank, each) for rank, each in vars(error)["worker_failures"].items()
+        }
+        if ranks:
+            return first(at_step(ranks, current))
+    return caught(error, step=current)
+
+
+def _of_rank(rank: int, error: Exception) -> Failure:
+    if isinstance(error, WorkerFailed):
+        return error.failure
+    text = str(error)
+    return Failure(
+        kind="WorkerDied" if type(error).__module__.startswith("ray.") else type(error).__name__,
+        message=_why_died(text),
+        trace=text,
+        when=time.time(),
+        rank=rank,
+        died=True,
+    )
+
+
+def _why_died(text: str) -> str:
+    """The telling line of Ray's long explanation."""
+    for line in text.splitlines():
+        if any(word in line for word in ("exit", "died", "OOM", "memory", "SIGKILL")):
+            return line.strip()
+    return text

@@ -1,0 +1,99 @@
+"""scale.workers: 0: the attempt runs in this process, without Ray, for debuggers and tests."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rayft.compose.job import Job, Outcome
+from rayft.core.errors import InterruptedRun
+from rayft.runtime.book import Book
+from rayft.runtime.failure import WorkerFailed, caught
+from rayft.runtime.interrupt import Interrupt
+from rayft.runtime.types import Engine
+
+_ENV = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+
+
+class _Direct:
+    """Signals without a distance."""
+
+    def __init__(self, book: Book, interrupt: Interrupt) -> None:
+        self._book, self._interrupt = book, interrupt
+
+    def stop_requested(self) -> bool:
+        if self._interrupt.forced:
+            raise InterruptedRun("stopped at once, without a save")
+        return self._interrupt.asked
+
+    def progress(self, event: dict[str, Any]) -> None:
+        self._book.hear([event])
+
+
+def launch(
+    job: Job, gpus: float | None, engine: Engine, book: Book, interrupt: Interrupt
+) -> Outcome:
+    """Run `job` here.
+
+    Raises:
+        WorkerFailed: whatever went wrong; the original exception is its cause.
+        InterruptedRun: stopped at once by a second signal.
+    """
+    cuda = torch.cuda.is_available() and gpus != 0
+    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with _group("nccl" if cuda else "gloo"):
+        try:
+            return engine(job, 0, 1, device, _Direct(book, interrupt))
+        except InterruptedRun:
+            raise
+        except Exception as error:  # as in a worker: every error becomes a report
+            step = book.hear([])
+            current = None if step is None else step + 1
+            raise WorkerFailed(caught(error, rank=0, step=current)) from error
+
+
+@contextmanager
+def _group(backend: str) -> Iterator[None]:
+    """The process group of one that a Ray worker would have, unless the caller has one already."""
+    if dist.is_initialized():
+        yield
+        return
+    former = {name: os.environ.get(name) for name in _ENV}
+    os.environ.update(_ENV)
+    with tempfile.TemporaryDirectory(prefix="rayft-") as folder:
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+            for name, value in former.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def hardware() -> dict[str, Any]:
+    """What run.json says of this machine."""
+    cuda = torch.cuda.is_available()
+    return {
+        "nodes": 1,
+        "cpus": os.cpu_count(),
+        "gpus": torch.cuda.device_count() if cuda else 0,
+        "accelerators": [torch.cuda.get_device_name(0)] if cuda else [],
+        "machine": platform.machine(),
+    }
+
+
+def in_process(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """A Mapper without Ray."""
+    return [function(item) for item in items]

@@ -1,0 +1,100 @@
+"""`rayft train` and `rayft.train`: run a config, or continue the unfinished run of that name."""
+
+from __future__ import annotations
+
+from rayft.compose.job import Outcome
+from rayft.config.run import Run
+from rayft.core.errors import InterruptedRun
+from rayft.core.record import RunRecord
+from rayft.core.storage import Storage
+from rayft.runtime import trackers
+from rayft.runtime.attempts import persevere
+from rayft.runtime.book import Book
+from rayft.runtime.interrupt import Interrupt, handling
+from rayft.runtime.progress import view
+from rayft.runtime.types import Engine, Prepare
+
+AGAIN = "the same command"
+
+
+def train(
+    run: Run, *, engine: Engine | None = None, prepare: Prepare | None = None, again: str = AGAIN
+) -> RunRecord:
+    """Train until the run is done, through failures; a done run is returned as it is.
+
+    Args:
+        engine: what one worker executes; default rayft.compose.job.execute.
+        prepare: how data is tokenised; default rayft's own.
+        again: the command that continues this run, for messages.
+
+    Raises:
+        ConfigError, DataError, InfeasibleError, DivergedError, StorageError: exit codes 2 to 6.
+        InterruptedRun: stopped by a signal, saved; exit code 75.
+        RayftError: failed for good.
+    """
+    trackers.installed(run.trackers)
+    home = Storage.open(run.storage).child(run.name)
+    book = Book(home, run, view())
+    try:
+        if book.done:
+            book.note(f"run {run.name} is done ({book.record.steps} steps): {home.shown()}")
+            return book.record
+        if book.record.attempts:
+            book.note(f"continuing run {run.name} ({book.record.status}): {home.shown()}")
+        with handling() as interrupt:
+            return _train(run, book, interrupt, engine, prepare or _prepare(), again)
+    finally:
+        book.close()
+
+
+def _train(
+    run: Run, book: Book, interrupt: Interrupt, engine: Engine | None, prepare: Prepare, again: str
+) -> RunRecord:
+    try:
+        if run.scale.workers == 0:
+            outcome = _alone(run, book, interrupt, engine, prepare, again)
+        else:
+            from rayft.runtime.fleet import run_fleet
+
+            outcome = run_fleet(run, book, interrupt, engine, prepare, again)
+    except BaseException as error:
+        book.broke(error)
+        raise
+    record = book.finish(outcome)
+    if record.status == "interrupted":
+        raise InterruptedRun(
+            f"saved at step {record.steps} of {record.steps_total}", fix=f"continue with {again}"
+        )
+    return record
+
+
+def _alone(
+    run: Run, book: Book, interrupt: Interrupt, engine: Engine | None, prepare: Prepare, again: str
+) -> Outcome:
+    from rayft.runtime import solo
+
+    prepared = prepare(run, solo.in_process)
+    interrupt.check()
+    book.begin(prepared, solo.hardware())
+    return persevere(
+        lambda _: solo.launch(
+            book.job(prepared), run.scale.gpus, engine or _engine(), book, interrupt
+        ),
+        retries=0,  # what failed here would fail again: same process, same memory
+        reached=lambda: book.reached,
+        wait=interrupt.sleep,
+        failed=book.failed,
+        again=again,
+    )
+
+
+def _engine() -> Engine:
+    from rayft.compose.job import execute
+
+    return execute
+
+
+def _prepare() -> Prepare:
+    from rayft.compose.data import prepare_data
+
+    return prepare_data

@@ -1,0 +1,260 @@
+"""DeepSpeed ZeRO: optimizer state (1), gradients (2) and parameters (3) cut over the ranks.
+
+Rajbhandari et al. 2019 (arXiv 1910.02054); offload: Ren et al. 2021 (arXiv 2101.06840). With P
+trained parameters on W ranks in bf16, a rank holds about 2P + 2P + 12P/W bytes at stage 1,
+2P + 14P/W at stage 2, 16P/W at stage 3 (weights, gradients, fp32 master and two moments).
+Precision bf16: bf16 weights with an fp32 master (stage 0: fp32 weights under autocast, as ddp).
+The optimizer is torch's AdamW in the run's named groups; DeepSpeed cuts it and calls it. It
+averages gradients over ranks where the loop wants sums, hence the factor `world` on every loss.
+
+Stage 3 recipes:
+- A weight used outside its own module's forward (a head applied in chunks as `lm_head.weight`)
+  needs nothing special inside the step module's forward: DeepSpeed sees the access, gathers the
+  weight and registers it with the module whose forward is running, tied or not. It must be read
+  as an attribute, in forward, on every call; a tensor kept from an earlier call is released.
+- Every rank must run the same number of forward and backward passes, in evaluation too: each one
+  gathers weights from all ranks.
+- A quantised base is loaded whole on each rank first and cut in `prepare` (transformers cannot
+  create quantised weights sharded).
+Left out: fp16 with loss scaling, ZeRO++, MiCS, pipeline and tensor parallelism.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rayft.config.run import ModelSpec, OptimSpec, TrainSpec
+from rayft.config.strategies import ZeroSpec
+from rayft.core.batch import Batch
+from rayft.core.errors import ConfigError, InfeasibleError
+from rayft.core.protocols import Group
+from rayft.core.shards import Shard, ShardReader
+from rayft.strategies.optim import assert_groups, build_optimizer, grad_norm, read_lrs, set_lrs
+from rayft.strategies.slices import trained
+from rayft.strategies.zero_config import deepspeed_config
+from rayft.strategies.zero_state import Fragments, Partitions, Replicas
+
+BUCKET = 500_000_000  # elements: DeepSpeed's own default, far too much memory for a small model
+
+
+def _refuse(spec: ZeroSpec, optim: OptimSpec, model: ModelSpec) -> None:
+    """Pairs that cannot work, as ConfigError."""
+    rules = (
+        (
+            optim.kind != "adamw",
+            f"optim.kind {optim.kind} keeps blocks that ZeRO cannot cut; use adamw, or ddp",
+        ),
+        (
+            spec.stage == 3 and model.quant == "int8",
+            "int8 weights cannot be cut by ZeRO-3; use nf4, or stage 2",
+        ),
+        (
+            spec.offload != "none" and spec.stage == 0,
+            "ZeRO-0 holds nothing that can be offloaded; use stage 1, 2 or 3",
+        ),
+        (spec.offload == "nvme" and spec.stage != 3, "offload: nvme needs ZeRO stage 3"),
+        (
+            spec.offload == "nvme" and not spec.nvme_path,
+            "offload: nvme needs strategy.nvme_path, a folder on a local NVMe disk",
+        ),
+    )
+    for wrong, sentence in rules:
+        if wrong:
+            raise ConfigError(sentence, where="strategy")
+
+
+def _refuse_nvme() -> None:
+    """InfeasibleError with DeepSpeed's reason where its asynchronous I/O cannot be built here."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise InfeasibleError(
+            "offload: nvme needs DeepSpeed's async_io, which cannot be built on this machine",
+            cause=builder.error_log or "libaio with its headers is missing",
+            fix="install libaio (Debian: libaio-dev), or use offload: cpu",
+        )
+
+
+def _environment(device: torch.device) -> None:
+    """The process group DeepSpeed will reuse, and what it reads from the environment.
+
+    A worker comes with its process group; one process alone gets a group of one rank.
+    """
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    os.environ["RANK"] = str(dist.get_rank())
+    os.environ["WORLD_SIZE"] = str(dist.get_world_size())
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+class ZeroStrategy:
+    """DeepSpeed over the process group that is up."""
+
+    def __init__(
+        self,
+        spec: ZeroSpec,
+        optim: OptimSpec,
+        train: TrainSpec,
+        model: ModelSpec,
+        *,
+        precision: str,
+        micro_batch: int,
+        device: torch.device,
+    ) -> None:
+        _refuse(spec, optim, model)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        self.config = deepspeed_config(spec, optim, train, precision, micro_batch, world)
+        _environment(device)
+        if spec.offload == "nvme":
+            _refuse_nvme()
+        self._spec, self._optim, self._device = spec, optim, device
+        self._sharded_loading = spec.stage == 3 and model.quant == "none"
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Stage 3: transformers creates every parameter sharded, so no rank ever holds the model
+        whole."""
+        if not self._sharded_loading:
+            yield
+            return
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        deepspeed.init_distributed(dist_init_required=False)
+        # transformers holds only a weak reference: sharded creation ends with this one.
+        alive = HfDeepSpeedConfig(copy.deepcopy(self.config))
+        try:
+            yield
+        finally:
+            del alive
+
+    def prepare(self, step: nn.Module, groups: list[Group]) -> ZeroEngine:
+        """Hand `step` and an AdamW in `groups` to deepspeed.initialize."""
+        return ZeroEngine(step, groups, self._spec, self._optim, self._device, self.config)
+
+
+def _numel(param: nn.Parameter) -> int:
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+    return param.ds_numel if is_zero_param(param) else param.numel()
+
+
+def _cast_unsharded(params: list[nn.Parameter], dtype: torch.dtype) -> None:
+    """Trained parameters made after loading (adapters) get the dtype DeepSpeed works in."""
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+    for param in params:
+        if not is_zero_param(param):
+            param.data = param.data.to(dtype)
+
+
+class ZeroEngine:
+    """See core.protocols.Engine."""
+
+    def __init__(
+        self,
+        step: nn.Module,
+        groups: list[Group],
+        spec: ZeroSpec,
+        optim: OptimSpec,
+        device: torch.device,
+        config: dict[str, Any],
+    ) -> None:
+        import deepspeed
+
+        self.rank, self.world, self.device = dist.get_rank(), dist.get_world_size(), device
+        self._stage, self._clip = spec.stage, optim.clip
+        self._named = trained(step, groups)
+        params = list(self._named.values())
+        _cast_unsharded(params, torch.bfloat16 if config["bf16"]["enabled"] else torch.float32)
+        config = copy.deepcopy(config)
+        bucket = min(BUCKET, sum(_numel(param) for param in params))
+        config["zero_optimization"].setdefault("reduce_bucket_size", bucket)
+        self._engine, *_ = deepspeed.initialize(
+            model=step,
+            optimizer=build_optimizer(groups, optim, device),
+            config=config,
+            dist_init_required=False,
+        )
+        self._optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
+        assert_groups(self._optimizer, groups, optim.lr)
+        self._state = self._held(spec)
+
+    def _held(self, spec: ZeroSpec) -> Replicas | Fragments | Partitions:
+        if spec.stage == 0:
+            return Replicas(self._engine, self._named, self.rank, self.world)
+        if spec.stage == 3:
+            return Partitions(self._engine, self._named, self.rank, spec.offload == "nvme")
+        return Fragments(self._engine, self._named)
+
+    def forward(self, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows of the step module: {term: (B,)}."""
+        return self._engine(batch.tensors(), batch.packed, dict(scale))
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`, summed over ranks; any number of micro-batches per step."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world, scale_wrt_gas=False)
+
+    def step(self, lrs: Mapping[str, float]) -> float:
+        """Clip, update, zero; the gradient norm before clipping, inf where it is not finite."""
+        set_lrs(self._optimizer, lrs)
+        if self._stage == 0:
+            return self._step_replicas()
+        self._engine.step()  # skips the update itself where the norm is not finite
+        return float(self._engine.get_global_grad_norm())
+
+    def _step_replicas(self) -> float:
+        """Stage 0 is torch's own optimizer on whole gradients: the norm is ours to check."""
+        params = list(self._named.values())
+        norm = grad_norm(params)
+        if not math.isfinite(float(norm)):
+            self._engine.zero_grad()
+            return math.inf
+        if self._clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(params, self._clip, norm)
+        self._engine.step()
+        return float(norm)
+
+    def lrs(self) -> dict[str, float]:
+        """Learning rates by group name."""
+        return read_lrs(self._optimizer)
+
+    def shard(self) -> Shard:
+        """This rank's slices of the fp32 master and the moments."""
+        return self._state.shard()
+
+    def load(self, reader: ShardReader) -> None:
+        """Master, moments and step from any shards; then the working weights from the master.
+        Collective."""
+        self._state.load(reader)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients, eval mode. Stage 3: every rank must run the same number of forwards."""
+        training = self._engine.module.training
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train(training)
+
+    def full(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, float32 tensor on CPU) of every trained parameter; collective."""
+        return self._state.full()

@@ -1,0 +1,82 @@
+"""A stand-in for compose.job.execute: saves a step number, misbehaves on demand.
+
+`job.data_dir` is a folder: `step` holds the committed step, `pid-<rank>` the process ids, `fault`
+says what to do: `<what> <rank> <step>`.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rayft.compose.job import Outcome
+from rayft.core.errors import DivergedError
+from rayft.runtime.book import Prepared
+
+SECONDS = 0.02  # per step
+
+
+def prepare(run, mapper):
+    """The data folder beside the run, and a task on the way to see that tasks work."""
+    folder = Path(run.storage) / "work"
+    folder.mkdir(parents=True, exist_ok=True)
+    assert mapper(double, [1, 2]) == [2, 4]
+    return Prepared(str(folder), "d" * 16, {"rows": 4})
+
+
+def double(value):
+    return 2 * value
+
+
+def execute(job, rank, world, device, signals):
+    """Counts to train.steps; commits every save_every steps."""
+    folder = Path(job.data_dir)
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    total, every = job.config["train"]["steps"], job.config["train"]["save_every"]
+    kept = folder / "step"
+    step = int(kept.read_text()) if kept.exists() else 0
+    with (folder / "starts").open("a") as log:
+        log.write(f"{rank} {step} {job.attempt} {torch.get_num_threads()} {os.getcwd()}\n")
+    signals.progress({"kind": "start", "step": step, "steps_total": total})
+    status = "done"
+    while step < total:
+        flag = torch.tensor([float(signals.stop_requested())])
+        dist.all_reduce(flag)
+        if flag.item():
+            status = "interrupted"
+            save(folder, rank, step, signals)
+            break
+        misbehave(folder, rank, step + 1)
+        time.sleep(SECONDS)
+        step += 1
+        signals.progress({"kind": "step", "step": step, "loss": 1 / step, "lr": {"all": 1e-3}})
+        if step % every == 0 or step == total:
+            save(folder, rank, step, signals)
+    return Outcome(status, step, total, 10 * step, {"eval_loss": 1.0}, {"eval_loss": 2.0})
+
+
+def save(folder, rank, step, signals):
+    dist.barrier()
+    if rank == 0:
+        (folder / "step.tmp").write_text(str(step))
+        (folder / "step.tmp").rename(folder / "step")
+        signals.progress({"kind": "save", "step": step, "checkpoint": f"step-{step}"})
+
+
+def misbehave(folder, rank, step):
+    fault = folder / "fault"
+    if not fault.exists():
+        return
+    what, who, when = fault.read_text().split()
+    if step != int(when) or (who != "all" and rank != int(who)):
+        return
+    if what == "bug":
+        raise ValueError(f"boom at 0x{id(fault):x}")
+    if what == "nan":
+        raise DivergedError("loss nan: not a number any more", where=f"step {step}")
+    if what == "kill":
+        fault.unlink(missing_ok=True)
+        os.kill(os.getpid(), signal.SIGKILL)
