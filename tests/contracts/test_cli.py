@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-import rayft
+import rayft.runtime.train
 from rayft import cli
 from rayft.config.load import load
+from rayft.config.run import Run
 from rayft.core import errors
 from rayft.core.errors import ConfigError, RayftError, StorageError
 from rayft.core.record import Best, RunRecord
@@ -68,7 +69,7 @@ def test_version_and_help() -> None:
         (("trian", QLORA), "Did you mean 'train'?"),
         (("chekc",), "Did you mean 'check'?"),
         (("check", "--shema"), "--shema"),
-        (("train",), "Missing argument 'CONFIG'"),
+        (("train",), "Missing argument 'CONFIG'.\n  next: rayft train --help"),
         (("check",), "no config given"),
         (("eval", "x", "--generate", "many"), "--generate"),
         (("eval", "x", "--limit", "0"), "--limit"),
@@ -98,12 +99,12 @@ def test_many_mistakes_fit_on_a_screen(tmp_path: Path) -> None:
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    """Let `rayft.train` fail: what a failing run raises is not this test's subject."""
+    """Let training fail: what makes a run fail is not this test's subject."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(rayft, "train", fail)
+    monkeypatch.setattr(rayft.runtime.train, "train", fail)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +176,15 @@ def test_train_prints_what_came_out(
         "a", "done", {}, "h", steps=80, seconds=61.4, eval={"eval_loss": 1.5},
         base={"eval_loss": 2.25}, best=Best(80, 1.5, "step-80-0"),
     )  # fmt: skip
-    monkeypatch.setattr(rayft, "train", lambda run: record)
-    assert cli.main(["train", str(ROOT / QLORA)]) == 0
+    commands = []
+
+    def train(run: Run, *, again: str) -> RunRecord:
+        commands.append(again)
+        return record
+
+    monkeypatch.setattr(rayft.runtime.train, "train", train)
+    assert cli.main(["train", str(ROOT / QLORA), "seed=0"]) == 0
+    assert commands == [f"rayft train {ROOT / QLORA} seed=0"]
     assert capsys.readouterr().out.splitlines() == [
         "a: done, 80 steps, 61 s",
         "  eval_loss: base 2.2500, tuned 1.5000",

@@ -47,6 +47,14 @@ CASES: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
     ("methods lists full twice", {"methods": [FULL, FULL]}, [{"methods": [FULL]}]),
     ("methods lists lora twice", {"methods": [LORA, LORA]}, [{"methods": [LORA]}]),
     (
+        "dora cannot see the scales",
+        {"methods": [LORA | {"dora": True}], "model": {"quant": "int8"}},
+        [
+            {"methods": [LORA | {"dora": True}], "model": {"quant": "nf4"}},
+            {"methods": [LORA], "model": {"quant": "int8"}},
+        ],
+    ),
+    (
         "would freeze that noise",
         {"model": {"init": "random", "quant": "nf4"}},
         [{"model": {"init": "random"}}, {"model": {"quant": "nf4"}}],
