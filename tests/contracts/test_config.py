@@ -31,6 +31,7 @@ from rayft.config.source import dotted, dump, parse
 from rayft.core.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+SCHEMA = jsonschema.Draft202012Validator(schema())
 EXPERIMENTS = sorted(p for p in (ROOT / "experiments").rglob("*.yaml"))
 
 SMALL = """\
@@ -174,7 +175,7 @@ def test_any_run_survives_the_way_through_yaml(data: dict[str, Any]) -> None:
 @given(instances(Run))
 def test_what_load_accepts_the_schema_accepts(data: dict[str, Any]) -> None:
     resolved = Run.model_validate(data).resolved()
-    jsonschema.validate(resolved, schema())
+    SCHEMA.validate(resolved)
 
 
 def mappings(data: Any, keys: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
@@ -527,7 +528,7 @@ def test_names_of_other_tools_lead_to_keys_that_exist() -> None:
 def test_every_experiment_loads_and_fires_no_rule(path: Path) -> None:
     run = load(path)
     assert rules.fired(run) == []
-    jsonschema.validate(parse(path.read_text(), path.name).data, schema())
+    SCHEMA.validate(parse(path.read_text(), path.name).data)
 
 
 def test_there_are_experiments() -> None:
