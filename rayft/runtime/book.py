@@ -8,14 +8,14 @@ import secrets
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from rayft.compose.job import Job, Outcome
+from rayft.compose.job import Job, Outcome, Prepared
 from rayft.config.run import Run
 from rayft.core.errors import (
     ConfigError,
@@ -33,16 +33,7 @@ from rayft.runtime.trackers import Trackers
 
 RECORD = "run.json"
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
-_AGAIN = "put the config back to continue it, choose another name, or `rayft runs {} rm {}`"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The tokenised data of a run."""
-
-    uri: str
-    hash: str
-    stats: dict[str, Any] = field(default_factory=dict)  # rows, tokens, cut, dropped, bad
+_AGAIN = "put the config back to continue it, or choose another name"
 
 
 class Book:
@@ -89,7 +80,8 @@ class Book:
 
     def job(self, prepared: Prepared) -> Job:
         """The next attempt, under a name no other attempt of this run has."""
-        attempt = f"{self.record.attempts + 1:x}{secrets.token_hex(3)}"
+        # digits that grow, then a letter: the commit protocol fences off older attempts by number
+        attempt = f"{self.record.attempts + 1}x{secrets.token_hex(3)}"
         self._step = None
         self._write(attempts=self.record.attempts + 1)
         return Job(self._run.resolved(), self._run.digest(), attempt, prepared.uri, prepared.hash)
@@ -190,7 +182,7 @@ def _previous(home: Storage, run: Run) -> RunRecord:
         raise ConfigError(
             "\n".join([f"run {run.name} exists with another config:", *changes(record, run)]),
             where=home.shown(RECORD),
-            fix=_AGAIN.format(run.storage, run.name),
+            fix=_AGAIN,
         )
     # Free settings (workers, micro-batch, trackers) may differ; the record says what holds now.
     return replace(record, config=run.resolved())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rayft.compose.job import Outcome
+from rayft.compose.job import Outcome, Prepared
 from rayft.config.run import Run
 from rayft.runtime import launch, preflight
 from rayft.runtime.attempts import persevere
-from rayft.runtime.book import Book, Prepared
+from rayft.runtime.book import Book
 from rayft.runtime.cluster import ceiling, connected, hardware, nodes
 from rayft.runtime.interrupt import Interrupt
 from rayft.runtime.spread import over_ray
