@@ -43,19 +43,18 @@ class GiveUp:
     reason: str
 
 
-def decide(history: Sequence[Attempt], retries: int, start: int = 0) -> Retry | GiveUp:
+def decide(history: Sequence[Attempt], retries: int) -> Retry | GiveUp:
     """What to do after the last attempt of `history` failed.
 
     Args:
         history: failed attempts, oldest first; never empty.
-        retries: attempts allowed after one that made no progress (scale.retries).
-        start: the step this command started from. An attempt makes progress when it finishes a step
-            that none before it had finished; that resets the count.
+        retries: attempts after the first one (scale.retries). An attempt that finishes a step
+            which none before it had finished made progress: it counts as a first one again.
     """
     last = history[-1]
     if last.failure.exit_code in FINAL:
         return GiveUp("another attempt cannot change this")
-    stalled, furthest = 0, start
+    stalled, furthest = 0, -1
     for attempt in history:
         stalled = 1 if attempt.reached > furthest else stalled + 1
         furthest = max(furthest, attempt.reached)
@@ -94,7 +93,6 @@ def persevere(
         RayftError: the diagnosis, at most 15 lines.
     """
     history: list[Attempt] = []
-    start = reached()
     while True:
         try:
             return launch(len(history))
@@ -103,7 +101,7 @@ def persevere(
         except RayftError as error:
             failure = Failure(type(error).__name__, error.what, str(error), 0.0, error=error)
         history.append(Attempt(failure, reached()))
-        verdict = decide(history, retries, start)
+        verdict = decide(history, retries)
         kept = failed(failure, verdict)
         if isinstance(verdict, GiveUp):
             raise diagnosis(failure, verdict, kept, again)

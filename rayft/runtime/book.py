@@ -148,7 +148,10 @@ class Book:
             status = "diverged"
         elif isinstance(error, InterruptedRun):
             status = "interrupted"
-        self._write(status=status, error="" if status == "interrupted" else str(error))
+        try:
+            self._write(status=status, error="" if status == "interrupted" else str(error))
+        except StorageError as lost:  # must not hide the error that ended the run
+            self.warn(f"run.json still says running: {lost.what}")
 
     def close(self) -> None:
         """Let trackers finish and give the terminal back."""

@@ -12,13 +12,13 @@ from rayft.core.errors import RayftError
 
 # Errors that a rank only sees because another rank went away first.
 _SECONDARY = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|gloo|nccl|watchdog|store|socket|process group"
-    r"|timed? ?out",
+    r"connection (closed|reset|refused)|broken pipe|\bgloo\b|\bnccl|watchdog|TCPStore|socket"
+    r"|process group|timed? ?out",
     re.IGNORECASE,
 )
 _GPU_OOM = re.compile(r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")
 _HOST_OOM = re.compile(
-    r"OOM|out of memory|memory (pressure|monitor)|cannot allocate memory", re.IGNORECASE
+    r"\bOOM\b|out of memory|memory (pressure|monitor)|cannot allocate memory", re.IGNORECASE
 )
 _VOLATILE = re.compile(r"0x[0-9a-fA-F]+|[0-9a-f]{12,}|\d+(\.\d+)*")
 

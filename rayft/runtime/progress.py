@@ -48,7 +48,7 @@ class Pace:
 
     def note(self, event: Event) -> None:
         """Take the times of an event."""
-        self.total = int(event.get("steps_total", self.total))
+        self.total = int(event.get("steps", self.total))
         if event["kind"] == "start":
             self._first = (int(event.get("step", 0)), self._clock())
         elif event["kind"] == "save":
@@ -148,22 +148,33 @@ def _rates(lr: dict[str, float]) -> str:
 
 def other_line(event: Event) -> str:
     """One line for anything but a step."""
-    kind, step = event["kind"], event.get("step")
-    at = f"step {step}  " if step is not None else ""
-    if kind == "warn":
-        return f"warning: {event['text']}"
-    if kind == "note":
-        return str(event["text"])
-    rest = {k: v for k, v in event.items() if k not in ("kind", "step", "steps_total")}
-    return f"{at}{kind}  " + "  ".join(f"{key} {_value(value)}" for key, value in rest.items())
+    kind = event["kind"]
+    if kind in ("warn", "note"):
+        return f"{'warning: ' * (kind == 'warn')}{event['text']}"
+    return f"step {event.get('step', 0)}  {_KINDS[kind](event)}".rstrip()
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return " ".join(f"{key}={_value(each)}" for key, each in value.items())
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _start(event: Event) -> str:
+    parts = [f"of {event.get('steps', 0)}"]
+    if "params_trainable" in event:
+        trained, total = event["params_trainable"], event["params_total"]
+        parts.append(f"{trained:,} of {total:,} parameters train")
+    if event.get("groups"):
+        parts.append(f"groups {', '.join(event['groups'])}")
+    return "  ".join(parts)
+
+
+def _eval(event: Event) -> str:
+    found = {k: v for k, v in event.items() if k.startswith("eval_") and isinstance(v, float)}
+    return "eval  " + "  ".join(f"{name} {value:.4f}" for name, value in found.items())
+
+
+_KINDS: dict[str, Callable[[Event], str]] = {
+    "start": _start,
+    "eval": _eval,
+    "save": lambda event: "saved",
+    "export": lambda event: "writing the export",
+}
 
 
 def si(number: float) -> str:

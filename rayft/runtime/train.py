@@ -6,7 +6,7 @@ from rayft.compose.job import Outcome
 from rayft.config.run import Run
 from rayft.core.errors import InterruptedRun
 from rayft.core.record import RunRecord
-from rayft.core.storage import Storage
+from rayft.core.storage import Storage, probe
 from rayft.runtime import trackers
 from rayft.runtime.attempts import persevere
 from rayft.runtime.book import Book
@@ -73,6 +73,7 @@ def _alone(
 ) -> Outcome:
     from rayft.runtime import solo
 
+    probe(book.home)
     prepared = prepare(run, solo.in_process)
     interrupt.check()
     book.begin(prepared, solo.hardware())

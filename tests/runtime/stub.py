@@ -1,7 +1,7 @@
 """A stand-in for compose.job.execute: saves a step number, misbehaves on demand.
 
 `job.data_dir` is a folder: `step` holds the committed step, `pid-<rank>` the process ids, `fault`
-says what to do: `<what> <rank> <step>`.
+holds lines `<what> <rank or all> <step> <number of the attempt or *>`.
 """
 
 import os
@@ -39,7 +39,7 @@ def execute(job, rank, world, device, signals):
     kept = folder / "step"
     step = int(kept.read_text()) if kept.exists() else 0
     with (folder / "starts").open("a") as log:
-        log.write(f"{rank} {step} {job.attempt} {torch.get_num_threads()} {os.getcwd()}\n")
+        log.write(f"{rank} {step} {job.attempt} {torch.get_num_threads()} {Path.cwd()}\n")
     signals.progress({"kind": "start", "step": step, "steps_total": total})
     status = "done"
     while step < total:
@@ -49,7 +49,7 @@ def execute(job, rank, world, device, signals):
             status = "interrupted"
             save(folder, rank, step, signals)
             break
-        misbehave(folder, rank, step + 1)
+        misbehave(folder, rank, step + 1, job.attempt[0])
         time.sleep(SECONDS)
         step += 1
         signals.progress({"kind": "step", "step": step, "loss": 1 / step, "lr": {"all": 1e-3}})
@@ -66,17 +66,16 @@ def save(folder, rank, step, signals):
         signals.progress({"kind": "save", "step": step, "checkpoint": f"step-{step}"})
 
 
-def misbehave(folder, rank, step):
+def misbehave(folder, rank, step, attempt):
     fault = folder / "fault"
     if not fault.exists():
         return
-    what, who, when = fault.read_text().split()
-    if step != int(when) or (who != "all" and rank != int(who)):
-        return
-    if what == "bug":
-        raise ValueError(f"boom at 0x{id(fault):x}")
-    if what == "nan":
-        raise DivergedError("loss nan: not a number any more", where=f"step {step}")
-    if what == "kill":
-        fault.unlink(missing_ok=True)
-        os.kill(os.getpid(), signal.SIGKILL)
+    for line in fault.read_text().splitlines():
+        what, who, when, which = line.split()
+        here = who in ("all", str(rank)) and which in ("*", attempt) and step == int(when)
+        if here and what == "bug":
+            raise ValueError(f"boom at 0x{id(fault):x}")
+        if here and what == "nan":
+            raise DivergedError("loss nan: not a number any more", where=f"step {step}")
+        if here and what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,19 @@
+"""A driver process as the command line would be: `driver.py CONFIG_JSON`."""
+
+import sys
+
+import stub
+
+from rayft.config.run import Run
+from rayft.core.errors import RayftError
+from rayft.runtime.train import train
+
+try:
+    print(
+        train(
+            Run.model_validate_json(sys.argv[1]), engine=stub.execute, prepare=stub.prepare
+        ).status
+    )
+except RayftError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)

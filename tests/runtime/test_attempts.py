@@ -1,0 +1,145 @@
+"""Retry policy and failure reports, without Ray."""
+
+import pickle
+
+import pytest
+
+from rayft.core.errors import DivergedError, InterruptedRun, RayftError, StorageError
+from rayft.runtime.attempts import SAME, Attempt, GiveUp, Retry, decide, diagnosis, persevere
+from rayft.runtime.failure import Failure, WorkerFailed, caught, first, hint
+
+
+def failure(message="boom", step=15, **more):
+    return Failure(
+        **{"kind": "ValueError", "trace": "", "when": 0.0} | more, message=message, step=step
+    )
+
+
+def died(step, rank=0):
+    return failure("killed", step, kind="WorkerDied", died=True, rank=rank)
+
+
+def test_delays_double_until_the_bound_and_start_again_after_progress():
+    history, delays = [], []
+    for reached in (10, 10, 10, 10, 30):
+        history.append(Attempt(died(step=len(history)), reached))
+        delays.append(decide(history, retries=9).delay)
+    assert delays == [1, 2, 4, 8, 1]
+    long = [Attempt(died(step=n), 0) for n in range(9)]
+    assert decide(long, retries=20) == Retry(60.0)
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_attempts_without_progress_are_bounded(retries):
+    history = [Attempt(died(step=n), 0) for n in range(retries + 1)]
+    assert isinstance(decide(history, retries), GiveUp)
+    if retries:
+        assert isinstance(decide(history[:-1], retries), Retry)
+
+
+def test_a_run_that_keeps_making_progress_is_never_given_up():
+    history = [Attempt(died(step=n + 1), n) for n in range(1, 50)]
+    assert decide(history, retries=1) == Retry(1.0)
+
+
+def test_the_same_error_at_the_same_step_three_times_ends_it():
+    history = [Attempt(failure(f"boom at 0x{n:x}ff"), 14) for n in range(SAME)]
+    assert isinstance(decide(history[:2], retries=9), Retry)
+    verdict = decide(history, retries=9)
+    assert isinstance(verdict, GiveUp) and "same error" in verdict.reason
+    assert isinstance(decide([*history[:2], Attempt(failure(step=16), 14)], 9), Retry)
+    assert isinstance(decide([*history[:2], Attempt(failure("other"), 14)], 9), Retry)
+
+
+def test_refusals_are_final_and_storage_is_tried_again():
+    final = Attempt(failure(error=DivergedError("nan")), 14)
+    assert isinstance(decide([final], retries=9), GiveUp)
+    again = Attempt(failure(error=StorageError("503")), 14)
+    assert isinstance(decide([again], retries=9), Retry)
+
+
+def test_the_first_failure_is_the_cause_not_what_peers_saw():
+    peer = failure("Connection closed by peer [10.0.0.1]:4", rank=0, when=1.0)
+    dead = died(15, rank=1)
+    own = failure(rank=2, when=9.0, error=StorageError("disk full"))
+    assert first([peer, dead]) is dead
+    assert first([peer, dead, own]) is own
+    assert first([peer]) is peer
+
+
+def test_reports_survive_pickling_whatever_was_raised():
+    class Local(Exception):
+        def __init__(self, a, b):
+            super().__init__(a)
+
+    try:
+        raise Local("no pickle", 2)
+    except Local as error:
+        report = caught(error, rank=1, step=7)
+    back = pickle.loads(pickle.dumps(WorkerFailed(report))).failure
+    assert back == report and back.where == "rank 1, step 7"
+    assert "raise Local" in back.trace
+    own = caught(DivergedError("nan", where="step 3"), rank=0)
+    assert pickle.loads(pickle.dumps(own)).exit_code == 5
+
+
+def test_the_diagnosis_names_rank_step_cause_trace_and_command():
+    text = str(
+        diagnosis(
+            failure(
+                "CUDA out of memory. " + "x" * 500 + "\n" * 40, rank=1, kind="OutOfMemoryError"
+            ),
+            GiveUp("the same error at the same step 3 times"),
+            "/runs/r/errors/attempt-3.txt",
+            "rayft train a.yaml",
+        )
+    )
+    assert len(text.splitlines()) <= 15
+    for part in ("rank 1, step 15", "OutOfMemoryError", "micro_batch", "attempt-3.txt", "a.yaml"):
+        assert part in text
+    refused = diagnosis(failure(error=DivergedError("nan")), GiveUp("-"), "-", "again")
+    assert isinstance(refused, DivergedError) and "step 15" in str(refused)
+
+
+def test_hints():
+    assert "kill" in hint(died(1))
+    assert "host memory" in hint(failure("Worker exit: OOM, memory monitor", died=True))
+    assert hint(failure("boom")) == ""
+
+
+def test_persevere_waits_as_decided_and_returns_the_result():
+    waits, kept, steps = [], [], iter([5, 5, 9])
+
+    def launch(number):
+        if number < 3:
+            raise WorkerFailed(died(step=10 + number))
+        return "outcome"
+
+    result = persevere(
+        launch,
+        retries=3,
+        reached=lambda: next(steps),
+        wait=waits.append,
+        failed=lambda one, verdict: kept.append((one.step, verdict)) or "kept",
+        again="again",
+    )
+    assert result == "outcome" and waits == [1.0, 2.0, 1.0]
+    assert [step for step, _ in kept] == [10, 11, 12]
+
+
+def test_persevere_stops_at_once_when_interrupted():
+    def launch(number):
+        raise InterruptedRun("now")
+
+    with pytest.raises(InterruptedRun):
+        persevere(launch, retries=3, reached=lambda: 0, wait=pytest.fail,
+                  failed=lambda one, verdict: "kept", again="")  # fmt: skip
+
+
+def test_persevere_raises_the_diagnosis():
+    def launch(number):
+        raise WorkerFailed(failure(rank=0))
+
+    with pytest.raises(RayftError, match="same error at the same step"):
+        persevere(launch, retries=9, reached=lambda: 14, wait=lambda delay: None,
+                  failed=lambda one, verdict: "kept", again="")  # fmt: skip
