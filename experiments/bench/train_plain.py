@@ -230,6 +230,8 @@ def report(args: argparse.Namespace, stage: int, found: dict[str, Any], peaks: d
         print(f"  rayft / {way:12} time {statistics.median(pairs):.3f} ", end="")
         long_enough = not args.quick and statistics.median(seconds[way]) >= COMPARABLE
         print(f"(95 % interval {low:.3f} .. {high:.3f})   ", end="")
+        more = [1e3 * (a - b) for a, b in zip(seconds["rayft"], seconds[way], strict=True)]
+        print(f"{statistics.median(more):+.2f} ms/step   ", end="")
         print("loop alone; " if way == "plain_chunk" else "loop and loss; ", end="")
         print(verdict(low, high) if long_enough else "not judged: tiny, or steps under 100 ms")
     plain = losses["plain"]
