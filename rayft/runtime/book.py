@@ -8,14 +8,14 @@ import secrets
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from rayft.compose.job import Job, Outcome
+from rayft.compose.job import Job, Outcome, Prepared
 from rayft.config.run import Run
 from rayft.core.errors import (
     ConfigError,
@@ -31,18 +31,9 @@ from rayft.runtime.failure import Failure, first_line
 from rayft.runtime.progress import Event, View
 from rayft.runtime.trackers import Trackers
 
-RECORD = "run.json"
+RECORD, BAD_ROWS = "run.json", "bad_rows.jsonl"
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
 _AGAIN = "put the config back to continue it, choose another name, or `rayft runs {} rm {}`"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The tokenised data of a run."""
-
-    uri: str
-    hash: str
-    stats: dict[str, Any] = field(default_factory=dict)  # rows, tokens, cut, dropped, bad
 
 
 class Book:
@@ -78,6 +69,8 @@ class Book:
             )
         self._trackers = Trackers(self._run, self.home, self.warn)
         self._begun = True
+        if prepared.bad_rows:
+            self.home.write_bytes(BAD_ROWS, prepared.bad_rows)
         self._write(
             status="running",
             data_hash=prepared.hash,
@@ -92,7 +85,9 @@ class Book:
         attempt = f"{self.record.attempts + 1:x}{secrets.token_hex(3)}"
         self._step = None
         self._write(attempts=self.record.attempts + 1)
-        return Job(self._run.resolved(), self._run.digest(), attempt, prepared.uri, prepared.hash)
+        # Where a relative path leads must not depend on the worker.
+        config = self._run.resolved() | {"storage": Storage.open(self._run.storage).uri}
+        return Job(config, self._run.digest(), attempt, prepared.uri, prepared.hash)
 
     def hear(self, events: Sequence[Event]) -> int | None:
         """Take events; the last finished step of this attempt, None before it is known."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rayft.compose.job import Outcome
+from rayft.compose.job import Outcome, Prepared
 from rayft.config.run import Run
 from rayft.runtime import launch, preflight
 from rayft.runtime.attempts import persevere
-from rayft.runtime.book import Book, Prepared
+from rayft.runtime.book import Book
 from rayft.runtime.cluster import ceiling, connected, hardware, nodes
 from rayft.runtime.interrupt import Interrupt
 from rayft.runtime.spread import over_ray
@@ -22,6 +22,7 @@ def run_fleet(
         RayftError: refused, failed for good, or interrupted.
     """
     with connected():
+        interrupt.arm()  # ray.init installs a SIGTERM handler that ends the process
         interrupt.check()
         living, limit = nodes(), ceiling()
         gpus = preflight.gpus_per_worker(run, living)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rayft.compose.job import Job, Outcome, Signals
+from rayft.compose.job import Job, Outcome, Prepared, Signals
 from rayft.config.run import Run
 
 if TYPE_CHECKING:  # torch only for the type: the driver of a Ray run does not need it
     import torch
-
-    from rayft.runtime.book import Prepared
 
     Engine = Callable[[Job, int, int, torch.device, Signals], Outcome]
 else:
