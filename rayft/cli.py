@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 import tempfile
 import time
 import traceback
@@ -74,11 +76,11 @@ def check(
         return
     if config is None:
         raise ConfigError("no config given", fix="rayft check CONFIG [a.b=c ...]")
-    import yaml
+    from rayft.config.source import dump
 
     run = rayft.load(config, overrides or ())
     typer.echo(f"# {config} is valid; digest {run.digest()}")
-    typer.echo(yaml.safe_dump(run.resolved(), sort_keys=False, allow_unicode=True), nl=False)
+    typer.echo(dump(run.resolved()), nl=False)
 
 
 @app.command()
@@ -87,7 +89,9 @@ def train(config: Config, overrides: Overrides = None) -> None:
     run = rayft.load(config, overrides or ())
     folder = f"{run.storage.rstrip('/')}/{run.name}"
     _folder.set(folder)
-    record = rayft.train(run)
+    from rayft.runtime.train import train as start
+
+    record = start(run, again=shlex.join(["rayft", "train", config, *(overrides or ())]))
     typer.echo("\n".join(_summary(record, folder)))
 
 
@@ -152,13 +156,20 @@ def main(arguments: list[str] | None = None) -> int:
         if error.__cause__ is not None:
             lines = [*lines[: MAX_LINES - 1], _log(error)]
     except typer.TyperException as error:
-        lines, code = [f"error: {error.format_message()}", "  next: rayft --help"], 2
+        lines, code = [f"error: {error.format_message()}", f"  next: {_help(arguments)}"], 2
     except typer.Abort:
         lines, code = ["stopped"], 130
     except Exception as error:  # whatever it is, people get a short message and a log, not a trace
         lines, code = _unexpected(error), 1
     typer.echo("\n".join(lines), err=True)
     return code
+
+
+def _help(arguments: list[str] | None) -> str:
+    """The help page nearest to what was typed."""
+    word = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+    known = ("check", "train", "eval", "export")
+    return f"rayft {word} --help" if word in known else "rayft --help"
 
 
 def _unexpected(error: Exception) -> list[str]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rayft.config.run import ModelSpec, OptimSpec, TrainSpec
 from rayft.config.strategies import DdpSpec, ZeroSpec
 from rayft.core.batch import IGNORE, Batch
-from rayft.core.protocols import Engine, Group
+from rayft.core.protocols import Engine, Group, Strategy
 from rayft.core.reduce import sum_over_ranks
 from rayft.core.shards import Shard
 from rayft.strategies import build
@@ -110,6 +110,7 @@ class Case:
     load: str = ""  # case whose shards (of step SAVE) are loaded first
     save: int = SAVE
     poison: int = 0  # a step whose loss is made infinite
+    birth: bool = False  # measure the creation of a larger model, and nothing else
 
 
 def groups_of(model: nn.Module, method: str) -> list[Group]:
@@ -234,15 +235,16 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         micro_batch=case.train.micro_batch,
         device=CPU,
     )
+    if case.birth:
+        return birth(strategy)
     with strategy.loading():
         model = load_base(case.model, case.tied)
-    born = sum(param.numel() for param in model.parameters())
     groups = groups_of(model, case.method)
     engine = strategy.prepare(Step(model, case.head), groups)
     if case.load:
         engine.load(read_shards(folder, case.load))
     factor = schedule(case.optim, STEPS)
-    out: dict[str, Any] = {"born": born, "losses": [], "norms": [], "lrs": [engine.lrs()]}
+    out: dict[str, Any] = {"losses": [], "norms": [], "lrs": [engine.lrs()]}
     for step in range(case.start + 1, case.start + case.steps + 1):
         lrs = group_lrs(groups, case.optim.lr * factor(step))
         before = copy.deepcopy(engine.shard()) if step == case.poison else None
@@ -260,6 +262,36 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         out["eval"] = [float(v) for v in rows]
     out["params"] = dict(engine.full())
     return out
+
+
+def birth(strategy: Strategy) -> dict[str, Any]:
+    """Create 23 M random parameters: the whole, what this rank then holds, and how far resident
+    memory rose meanwhile (bytes)."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+    )
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    with strategy.loading():
+        model = AutoModelForCausalLM.from_config(config)
+    peak = _status("VmHWM") - before
+    params = list(model.parameters())
+    sharded = [param for param in params if hasattr(param, "ds_tensor")]
+    whole = sum(p.ds_numel for p in sharded) or sum(p.numel() for p in params)
+    held = sum(p.numel() for p in params) + sum(p.ds_tensor.numel() for p in sharded)
+    return {"whole": whole, "held": held, "peak": peak}
+
+
+def _status(key: str) -> int:
+    """Bytes of one line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def same(one: Shard, two: Shard) -> bool:
@@ -348,6 +380,10 @@ def pair_cases() -> list[Case]:
     cases += [
         replace(lora, name="lora-zero3-again", spec=SPECS["zero3"], load="lora-zero3"),
         replace(lora, name="lora-zero3-to-zero2", spec=SPECS["zero2"], load="lora-zero3"),
+    ]
+    cases += [
+        Case("birth-zero3", SPECS["zero3"], birth=True),
+        Case("birth-ddp", SPECS["ddp"], birth=True),
     ]
     for name in ("ddp", "zero2", "zero3"):
         quantised = Case(

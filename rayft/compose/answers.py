@@ -68,9 +68,7 @@ def answer(
     return out
 
 
-def report(
-    tuned_is: str, questions: Sequence[Question], base: Measured, tuned: Measured
-) -> str:
+def report(tuned_is: str, questions: Sequence[Question], base: Measured, tuned: Measured) -> str:
     """A table of metrics, then a few samples."""
     lines = [f"{'held-out':<24}{'base':>12}{'tuned':>12}   ({tuned_is})"]
     for name, value in base.metrics.items():

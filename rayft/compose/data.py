@@ -13,8 +13,8 @@ from rayft.compose.job import Prepared
 from rayft.config.run import ModelSpec, Run
 from rayft.core.errors import DataError
 from rayft.core.storage import Storage
-from rayft.data import tokenise
-from rayft.data.table import TokenTable, load
+from rayft.data import Recipe, Shard, TokenTable, prepare, task_names, tokenise_shard
+from rayft.data.table import load
 from rayft.models.load import load_tokenizer
 
 Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
@@ -43,7 +43,7 @@ def prepare_data(run: Run, mapper: Mapper) -> Prepared:
     """
     tokenizer = load_tokenizer(run.model)
 
-    def spread(shards: Sequence[tokenise.Shard], how: tokenise.Recipe) -> list[TokenTable]:
+    def spread(shards: Sequence[Shard], how: Recipe) -> list[TokenTable]:
         return mapper(_tokenise, [(shard, how, run.model) for shard in shards])
 
     tables = {"train": _prepared(run, tokenizer, spread, heldout=False)}
@@ -64,7 +64,7 @@ def open_corpus(run: Run, uri: str, hashes: str) -> Corpus:
         DataError: it is not there any more.
     """
     cache, digests = Storage.open(uri), hashes.split(SEPARATOR)
-    tasks = tokenise.task_names(run.data)
+    tasks = task_names(run.data)
     tables = []
     for sources, digest in zip((run.data.train, run.data.eval), digests, strict=False):
         names = [source.path for source in sources]
@@ -81,15 +81,13 @@ def open_corpus(run: Run, uri: str, hashes: str) -> Corpus:
 def _prepared(
     run: Run, tokenizer: PreTrainedTokenizerBase, spread: Any, *, heldout: bool
 ) -> TokenTable:
-    return tokenise.prepare(
-        run.data, run.objective, tokenizer, cache_of(run), heldout=heldout, run=spread
-    )
+    return prepare(run.data, run.objective, tokenizer, cache_of(run), heldout=heldout, run=spread)
 
 
-def _tokenise(item: tuple[tokenise.Shard, tokenise.Recipe, ModelSpec]) -> TokenTable:
+def _tokenise(item: tuple[Shard, Recipe, ModelSpec]) -> TokenTable:
     """One work item; runs in a task of its own."""
     shard, how, model = item
-    return tokenise.tokenise_shard(shard, _tokenizer(model), how)
+    return tokenise_shard(shard, _tokenizer(model), how)
 
 
 @lru_cache(maxsize=1)

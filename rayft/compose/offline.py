@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from rayft.compose.answers import Measured, answer, ask, report
 from rayft.compose.assemble import Built, build, held_out, strategy_of
 from rayft.compose.commit import Commit
+from rayft.compose.data import open_corpus, prepare_data
 from rayft.compose.evaluate import evaluate
 from rayft.compose.publish import choose_commit
 from rayft.config.run import Run
@@ -20,9 +22,6 @@ from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError, DataError
 from rayft.core.record import RunRecord
 from rayft.core.storage import Storage
-
-GENERATED_TOKENS = 64  # longest completion of `--generate`
-SHOWN = 3  # completions printed in full
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def evaluate_run(where: str, *, generate: int = 0, limit: int | None = None) -> 
 
     def measure() -> Measured:
         found = evaluate(engine, opened.built.objective, batches, corpus.tasks)
-        return Measured(found, answer(opened.built, questions))
+        return Measured(found, answer(opened.built.model, opened.built.tokenizer, questions))
 
     base = measure()
     commit = choose_commit(opened.storage, opened.record)

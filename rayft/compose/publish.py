@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from rayft.compose.assemble import Built, model_names
 from rayft.compose.commit import Commit, find_commit, load_commit, names
-from rayft.compose.export import write_model_card
 from rayft.compose.manifest import BadCommit, order
 from rayft.core.errors import StorageError
 from rayft.core.record import RunRecord
@@ -53,7 +51,6 @@ def publish(built: Built, record: RunRecord, commit: Commit, target: Storage) ->
         for method in built.methods:
             method.export(built.model, state, folder)
         built.tokenizer.save_pretrained(folder)
-        write_model_card(folder, replace(record, steps=commit.step))
         target.delete()
         for path in sorted(folder.rglob("*")):
             if path.is_file():

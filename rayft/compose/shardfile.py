@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import tempfile
 import threading
 import time
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
@@ -82,7 +84,7 @@ class Staging:
         total = sum(tensor.nbytes for _, tensor in flat)
         cuda = any(tensor.is_cuda for _, tensor in flat)
         if total != self._buffer.numel() or cuda != self._buffer.is_pinned():
-            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=cuda)
+            self._buffer = _host_buffer(total, pinned=cuda)
         layout, start = {}, 0
         for key, tensor in flat:
             stop = start + tensor.nbytes
@@ -91,8 +93,7 @@ class Staging:
                 "shape": list(tensor.shape),
                 "data_offsets": [start, stop],
             }
-            target = self._buffer[start:stop].view(tensor.dtype)
-            target.copy_(tensor.detach().reshape(-1), non_blocking=True)
+            _copy(tensor.detach(), self._buffer[start:stop])
             start = stop
         if cuda:
             torch.cuda.current_stream().synchronize()
@@ -111,6 +112,27 @@ class Staging:
         data = memoryview(self._buffer.numpy())
         for start in range(0, len(data), CHUNK):
             yield data[start : start + CHUNK]
+
+
+def _host_buffer(size: int, *, pinned: bool) -> Tensor:
+    """(size,) uint8: page-locked, or on huge pages where the system offers them."""
+    if pinned or size == 0:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    pages = mmap.mmap(-1, size)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8)  # keeps the mapping alive
+
+
+def _copy(tensor: Tensor, target: Tensor) -> None:
+    """Bytes of `tensor` into `target`; from CUDA without waiting.
+
+    On the CPU through numpy, whose plain memcpy does not read the target's cache lines first.
+    """
+    if tensor.is_cuda:
+        target.view(tensor.dtype).copy_(tensor.reshape(-1), non_blocking=True)
+    elif tensor.numel() > 0:
+        source = tensor.contiguous().reshape(-1).view(torch.uint8)
+        np.copyto(target.numpy(), source.numpy())
 
 
 def _flatten(shard: Shard) -> list[tuple[str, Tensor]]:

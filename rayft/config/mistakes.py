@@ -116,7 +116,7 @@ def _sentence(keys: Keys, group: list[ErrorDetails], data: Any) -> str:
             return f"{name}: {error['ctx']['error']}"
     value = _value(data, keys)
     wanted, given = _wanted(group), _shown(value)
-    hint = _near_choice(error, given) or _default_hint(keys, value)
+    hint = _near_choice(error, given) or _default_hint(keys, data)
     if wanted == "a list" and isinstance(value, str):
         hint = f"; write [{value}]"
     return f"{name} must be {wanted}, not {given}{hint}"
@@ -152,11 +152,11 @@ def _near_choice(error: ErrorDetails, given: str) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _default_hint(keys: Keys, value: Any) -> str:
+def _default_hint(keys: Keys, data: Any) -> str:
     """A key without a value was probably meant to have its default."""
-    spec = _spec_at(keys[:-1], {})
+    spec = _spec_at(keys[:-1], data)
     info = spec.model_fields.get(str(keys[-1])) if spec and keys else None
-    if value is not None or info is None or info.is_required():
+    if _value(data, keys) is not None or info is None or info.is_required():
         return ""
     return f"; leave the key out for its default ({info.default})"
 
@@ -237,6 +237,9 @@ def _unknown(keys: Keys, data: Any) -> str:
     low = word.lower().replace("-", "_")
     if low in GONE:
         return f": {GONE[low]}"
+    for kind, other in place_of(parents, data).specs.items():
+        if kind and word in other.model_fields:
+            return f" of kind {_value(data, parents)['kind']}; kind {kind} has it"
     exact = next(_exactly(low, parents), "") if parents else ""
     if exact:
         return exact
@@ -245,9 +248,6 @@ def _unknown(keys: Keys, data: Any) -> str:
     near = difflib.get_close_matches(low, here, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {dotted((*parents, near[0]))}?"
-    for kind, other in place_of(parents, data).specs.items():
-        if kind and word in other.model_fields:
-            return f" of kind {_value(data, parents)['kind']}; kind {kind} has it"
     return _nearly(low, parents) or f"; there are: {', '.join(here)}"
 
 

@@ -44,6 +44,10 @@ def _twice(run: Run, spec: type) -> bool:
     return Counter(type(method) for method in run.methods)[spec] > 1
 
 
+def _dora(run: Run) -> bool:
+    return any(isinstance(method, LoraSpec) and method.dora for method in run.methods)
+
+
 def _zero(run: Run, *stages: int) -> bool:
     return isinstance(run.strategy, ZeroSpec) and run.strategy.stage in (stages or (0, 1, 2, 3))
 
@@ -109,6 +113,12 @@ RULES: tuple[Rule, ...] = (
         "methods lists lora twice and their parameter groups would have the same names; write one "
         "lora whose targets name all the modules",
         "methods",
+    ),
+    Rule(
+        lambda run: run.model.quant == "int8" and _dora(run),
+        "dora cannot see the scales of int8 weights (bitsandbytes keeps them elsewhere); use "
+        "model.quant: nf4, or dora: false",
+        "model.quant",
     ),
     # model
     Rule(

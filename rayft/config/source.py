@@ -26,6 +26,10 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever YAML 1.1 or 1.2 would read as something else than text."""
+
+
 for _name, _pattern, _first in (
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
@@ -37,7 +41,8 @@ for _name, _pattern, _first in (
     ),
     ("merge", r"^<<$", ["<"]),
 ):
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
+    for _side in (_Loader, _Dumper):
+        _side.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
 
 _Loader.add_constructor(_TAG + "int", lambda _, node: int(node.value))
 _Loader.add_constructor(
@@ -102,8 +107,9 @@ class _Walk:
         self.source.places.setdefault(keys, self.at(node))
         if isinstance(node, yaml.ScalarNode):
             result = self.loader.construct_object(node)
-            if not isinstance(result, str):
-                self.source.raw[keys] = node.value
+            if isinstance(result, str):
+                return _joined(result)
+            self.source.raw[keys] = node.value
             return result
         self.open.append(node)
         try:
@@ -123,7 +129,7 @@ class _Walk:
                 continue
             if not isinstance(key, yaml.ScalarNode):
                 raise ConfigError("a key must be a word, not a list or mapping", where=self.at(key))
-            word = key.value
+            word = _joined(key.value)
             if word in first:
                 path = dotted((*keys, word))
                 self.doubles.append(
@@ -140,6 +146,13 @@ class _Walk:
             for word, value in self.mapping(child, keys).items():
                 result.setdefault(word, value)
         return result
+
+
+def _joined(text: str) -> str:
+    """JSON escapes a character beyond U+FFFF as two surrogates; YAML reads them as two."""
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 def dotted(keys: Keys) -> str:
@@ -186,7 +199,7 @@ _PLAIN = (
     ("mapping values are not allowed", "a second `: ` in one line; quote the value, or indent"),
     ("expected <block end>", "the indentation does not line up with the lines above"),
     ("expected ',' or", "a bracket is not closed, or a comma is missing"),
-    ("expected a single document", "there is a second `---` document; a config is one document"),
+    ("found another document", "there is a second `---` document; a config is one document"),
     ("expected the node content", "a value is missing, or a bracket is not closed"),
     ("found unexpected end of stream", "a quote is not closed"),
     ("found undefined alias", "an alias (*name) has no anchor (&name) before it"),
@@ -209,6 +222,11 @@ def _broken(error: yaml.MarkedYAMLError, text: str, name: str, place: str | None
     return ConfigError(
         f"broken YAML: {said}{shown}", where=place or f"{name}:{mark.line + 1}:{mark.column + 1}"
     )
+
+
+def dump(data: Any) -> str:
+    """YAML text that `parse`, and other YAML readers, read back as `data`."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def read(path: Path) -> Source:

@@ -145,6 +145,8 @@ class Engine(Protocol):
 class Strategy(Protocol):
     """How a step happens."""
 
+    quant_storage: torch.dtype | None  # dtype that 4-bit codes must be stored as; None: any
+
     def loading(self) -> AbstractContextManager[None]:
         """Entered while the model is created (ZeRO-3 creates it sharded)."""
         ...

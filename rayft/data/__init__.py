@@ -5,14 +5,17 @@ SourceSpec -> sources -> readers -> shapes -> render -> encode -> table -> strea
 
 from rayft.data.collate import collate, dummy
 from rayft.data.packing import pack
-from rayft.data.prepare import check_bad, data_hash, fingerprint, prepare
 from rayft.data.preview import pieces
 from rayft.data.stream import EvalSet, TrainStream
 from rayft.data.table import Bad, Counts, TokenTable
 from rayft.data.tokenise import (
     Recipe,
     Shard,
+    check_bad,
+    data_hash,
+    fingerprint,
     merge,
+    prepare,
     recipe,
     sources_of,
     split_work,

@@ -1,220 +1,151 @@
-"""Rows -> TokenTable: split the work, tokenise each part, merge.
+"""The token table of a run: from the cache if its content is known, else tokenised and cached.
 
-Pure functions without Ray, for whoever runs the parts (see prepare.py). What a part becomes depends
-on its rows, the tokenizer and `Recipe` alone, and parts are merged in the order of sources, files
-and rows: the table is the same however the work was split.
+The cache is a folder per content hash: over the bytes of the files, the tokenizer, and the options
+that decide about tokens. A byte changed anywhere gives another hash; moving a file, a weight or a
+task tag does not.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rayft.config.data import DataSpec
-from rayft.config.objectives import LmSpec, ObjectiveSpec
-from rayft.core.errors import ConfigError, DataError
+from rayft.config.objectives import ObjectiveSpec
+from rayft.core.errors import DataError
+from rayft.core.storage import Storage
 from rayft.data import table as tables
-from rayft.data.encode import encode
-from rayft.data.readers import Raw, preview
-from rayft.data.render import Rendered, Renderer
-from rayft.data.shapes import Preference, Text, known_shapes
-from rayft.data.sources import Block, Source, resolve
-from rayft.data.table import Bad, Counts, TokenTable
-from rayft.data.turns import BadRow
+from rayft.data.sources import Source
+from rayft.data.table import TokenTable
+from rayft.data.work import (
+    Recipe,
+    Shard,
+    merge,
+    recipe,
+    sources_of,
+    split_work,
+    task_names,
+    tokenise_shard,
+)
 
-SHARD_BYTES = 8 << 20
-_BATCH = 256  # documents tokenised at a time
-_PEEKED = 20  # first rows looked at before the work starts
+__all__ = [
+    "Recipe",
+    "Shard",
+    "check_bad",
+    "data_hash",
+    "fingerprint",
+    "merge",
+    "prepare",
+    "recipe",
+    "sources_of",
+    "split_work",
+    "task_names",
+    "tokenise_shard",
+]
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decides about tokens, besides rows and tokenizer."""
-
-    max_length: int
-    overflow: str  # cut | drop
-    train_all: bool  # every token is trained, not completions only
-    text_only_fails: bool  # plain text has no completion: refuse it
-    chat_template: str | None = None  # replaces the tokenizer's own
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A part of the work: one block of one source."""
-
-    index: int  # of the source
-    sources: int  # how many there are
-    source: Source
-    block: Block
+VERSION = 1  # raise it when the same rows would become other tokens
+_NAMED = 6  # bad rows that an error names
 
 
-def recipe(data: DataSpec, objective: ObjectiveSpec, chat_template: str | None = None) -> Recipe:
-    """The recipe of a run; `chat_template` is jinja text, or None for the tokenizer's own."""
-    lm = isinstance(objective, LmSpec)
-    return Recipe(
-        max_length=data.max_length,
-        overflow=data.overflow,
-        train_all=lm or objective.train_on_prompt,
-        text_only_fails=not lm,
-        chat_template=chat_template,
-    )
-
-
-def task_names(data: DataSpec) -> tuple[str, ...]:
-    """Every task of the run, sorted; Batch.task is an index into it."""
-    return tuple(sorted({spec.task for spec in (*data.train, *data.eval)}))
-
-
-def sources_of(data: DataSpec, *, heldout: bool = False) -> list[Source]:
-    """The sources of data.train, or of data.eval. Raises ConfigError, DataError."""
-    return [resolve(spec, heldout=heldout) for spec in (data.eval if heldout else data.train)]
-
-
-def split_work(
-    sources: Sequence[Source], tokenizer: Any, how: Recipe, shard_bytes: int = SHARD_BYTES
-) -> list[Shard]:
-    """The parts, in order. Looks at the first rows of every source first, so that a wrong mapping
-    or objective is refused in seconds.
-
-    Raises:
-        ConfigError: text for sft, or conversations without a chat template.
-        DataError: no row at the start of a source fits a shape.
-    """
-    renderer = _renderer(tokenizer, how)
-    for source in sources:
-        _check(source, renderer)
-    return [
-        Shard(index, len(sources), source, block)
-        for index, source in enumerate(sources)
-        for block in source.blocks(shard_bytes)
-    ]
-
-
-def tokenise_shard(shard: Shard, tokenizer: Any, how: Recipe) -> TokenTable:
-    """The documents and bad rows of one part; row numbers count from 0 in it.
-
-    Raises:
-        ConfigError: see Renderer. DataError: a file cannot be read at all.
-    """
-    renderer, bad = _renderer(tokenizer, how), []
-    documents, numbers, cut, dropped, rows = [], [], 0, 0, 0
-    source = shard.source
-    numbered = enumerate(source.read(shard.block))
-    for batch in _batches(numbered, _BATCH):
-        rows += len(batch)
-        kept = list(_rendered(batch, source, renderer, bad))
-        encoded = encode(tokenizer, [rendered for _, _, _, rendered in kept])
-        for (number, file, raw, _), (ids, mask) in zip(kept, encoded, strict=True):
-            long = len(ids) > how.max_length
-            if long and how.overflow == "drop":
-                dropped += 1
-                continue
-            ids, mask = ids[: how.max_length], mask[: how.max_length]
-            if not mask.any():
-                why = f"nothing to train on after cutting to max_length {how.max_length}"
-                bad.append(_bad(source, number, file, raw, why if long else "nothing to train on"))
-                continue
-            cut += long
-            documents.append((ids, mask))
-            numbers.append(number)
-    count = Counts(
-        rows=rows,
-        documents=len(documents),
-        tokens=sum(len(ids) for ids, _ in documents),
-        trained=int(sum(mask.sum() for _, mask in documents)),
-        cut=cut,
-        dropped=dropped,
-        bad=len(bad),
-    )
-    counts = [count if index == shard.index else Counts() for index in range(shard.sources)]
-    names = [source.name if index == shard.index else "" for index in range(shard.sources)]
-    bad.sort(key=lambda item: item.row)
-    return tables.from_documents(
-        documents, numbers, source=shard.index, counts=counts, sources=names, bad=bad
-    )
-
-
-def merge(
-    names: Sequence[str], shards: Sequence[Shard], parts: Sequence[TokenTable], digest: str = ""
+def prepare(
+    data: DataSpec,
+    objective: ObjectiveSpec,
+    tokenizer: Any,
+    cache: Storage,
+    *,
+    heldout: bool = False,
+    chat_template: str | None = None,
+    run: Callable[[Sequence[Shard], Recipe], Iterable[TokenTable]] | None = None,
 ) -> TokenTable:
-    """The parts as one table, in the order of `shards`; `names` are those of all sources. All
-    documents have task 0 until TokenTable.with_tasks.
+    """The token table of data.train (or, `heldout`, of data.eval): from the cache if it is there,
+    else tokenised by `run` (shards, recipe -> a table per shard, in order; default: here) and
+    cached.
 
     Raises:
-        DataError: there is no part at all.
+        ConfigError, DataError: see split_work, merge and check_bad. StorageError: the cache.
     """
-    if not parts:
-        raise DataError("the data is empty: " + ", ".join(names))
-    seen, bases = [0] * len(names), []
-    for shard, part in zip(shards, parts, strict=True):
-        bases.append(seen[shard.index])
-        seen[shard.index] += part.counts[shard.index].rows
-    return replace(tables.joined(parts, bases), sources=tuple(names), digest=digest)
+    sources, how = sources_of(data, heldout=heldout), recipe(data, objective, chat_template)
+    names = task_names(data)
+    tasks = [names.index(source.task) for source in sources]
+    prints = fingerprint(sources, tokenizer, how)
+    digest = data_hash(prints)
+    folder = cache.child(digest)
+    table = tables.load(folder, [source.name for source in sources], digest, tasks)
+    if table is None:
+        shards = split_work(sources, tokenizer, how)
+        parts = run(shards, how) if run else (tokenise_shard(s, tokenizer, how) for s in shards)
+        made = merge([source.name for source in sources], shards, list(parts), digest)
+        tables.save(made, {"hash": digest, "fingerprint": prints}, folder)
+        table = made.with_tasks(tasks)
+    check_bad(table, data.bad_rows, listed=folder.shown(tables.BAD_ROWS))
+    return table
 
 
-# --- parts ---
+def check_bad(table: TokenTable, share: float, listed: str = "") -> None:
+    """Refuse a table with too many bad rows (all of them are in the file `listed`), or a source
+    without documents.
 
-
-def _renderer(tokenizer: Any, how: Recipe) -> Renderer:
-    return Renderer(
-        tokenizer,
-        train_all=how.train_all,
-        text_only_fails=how.text_only_fails,
-        chat_template=how.chat_template,
-    )
-
-
-def _check(source: Source, renderer: Renderer) -> None:
-    reasons, texts, good = [], 0, 0
-    for raw in source.peek(_PEEKED):
-        try:
-            if raw.row is None:
-                continue
-            example = source.layout.parse(raw.row)
-            texts += isinstance(example, Text)
-            renderer(example.chosen if isinstance(example, Preference) else example)
-            good += 1
-        except BadRow as error:
-            reasons.append(str(error))
-        except ConfigError as error:
-            raise ConfigError(
-                error.what, where=f"data source {source.name}", fix=error.fix
-            ) from error
-    if reasons and not good:
-        unfit = "columns" in reasons[0]
+    Raises:
+        DataError: naming the first bad rows.
+    """
+    total = table.total
+    first = "\n".join(f"  {item.place}: {item.reason}" for item in table.bad[:_NAMED])
+    if total.bad and total.bad > share * total.rows:
+        more = f"\n  ... and {total.bad - _NAMED} more" if total.bad > _NAMED else ""
         raise DataError(
-            f"data source {source.name}: none of its first rows can be used\n  {reasons[0]}",
-            cause=f"known shapes: {known_shapes()}" if unfit else "",
-            fix="map columns, ours: theirs, e.g. columns: {prompt: question, completion: answer}"
-            if unfit
-            else "",
+            f"{total.bad} of {total.rows} rows are bad, data.bad_rows allows {share:.2%}:\n"
+            f"{first}{more}",
+            where=f"all are in {listed}" if listed else "",
+            fix="mend the rows, or raise data.bad_rows",
         )
+    for name, count in zip(table.sources, table.counts, strict=True):
+        if not count.documents:
+            raise DataError(
+                f"data source {name} gives no document: {count.rows} rows, {count.bad} bad, "
+                f"{count.dropped} longer than max_length" + (f"\n{first}" if first else "")
+            )
 
 
-def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+def fingerprint(sources: Sequence[Source], tokenizer: Any, how: Recipe) -> dict[str, Any]:
+    """Everything that decides about the table, by name: {"sources": [{"content": {file: hash},
+    "layout": ...}], "tokenizer": hash, "recipe": ..., "version": ...}. Two of them can be compared
+    to say what changed. Local files count by their bytes; objects by size and time of change."""
+    return {
+        "version": VERSION,
+        "recipe": asdict(how),
+        "tokenizer": _tokenizer_hash(tokenizer),
+        "sources": [
+            {
+                "content": source.rows.digests(),
+                "layout": asdict(source.layout),
+                "samples": source.samples,
+            }
+            for source in sources
+        ],
+    }
 
 
-def _rendered(
-    batch: Sequence[tuple[int, tuple[str, Raw]]],
-    source: Source,
-    renderer: Renderer,
-    bad: list[Bad],
-) -> Iterator[tuple[int, str, Raw, Rendered]]:
-    """The rows that can be rendered; the others go to `bad`."""
-    for number, (file, raw) in batch:
-        if raw.row is None:
-            bad.append(_bad(source, number, file, raw, raw.reason))
-            continue
-        try:
-            yield number, file, raw, renderer(source.layout.parse(raw.row))
-        except BadRow as error:
-            bad.append(_bad(source, number, file, raw, str(error)))
+def data_hash(prints: dict[str, Any]) -> str:
+    """sha256 (16 hex digits) of a fingerprint; where the files lie does not matter."""
+    bare = {**prints, "sources": [_nameless(source) for source in prints["sources"]]}
+    text = json.dumps(bare, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _bad(source: Source, number: int, file: str, raw: Raw, reason: str) -> Bad:
-    shown = raw.preview or preview(raw.row)
-    return Bad(source.name, number, file, raw.line, preview(reason)[:300], shown)
+def _nameless(source: dict[str, Any]) -> dict[str, Any]:
+    return {**source, "content": list(source["content"].values())}
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """Of what turns text into ids: the Rust tokenizer as JSON where there is one, else the
+    vocabulary; the chat template and the special tokens."""
+    if tokenizer.is_fast:
+        core = json.loads(tokenizer.backend_tokenizer.to_str())
+        del core["truncation"], core["padding"]  # set anew by every call
+    else:
+        core = tokenizer.get_vocab()
+    facts = [core, tokenizer.chat_template, str(tokenizer.special_tokens_map)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -9,12 +9,12 @@ from rayft.methods.apply import apply_all
 from rayft.methods.full import Full
 from rayft.methods.lora import Lora, load_adapter, merge_adapters
 
-METHODS = {FullSpec: Full, LoraSpec: Lora}
+IMPLEMENTATIONS = {FullSpec: Full, LoraSpec: Lora}
 
 
 def build(spec: MethodSpec) -> Method:
     """The method that `spec` describes."""
-    return METHODS[type(spec)](spec)
+    return IMPLEMENTATIONS[type(spec)](spec)
 
 
-__all__ = ["METHODS", "apply_all", "build", "load_adapter", "merge_adapters"]
+__all__ = ["IMPLEMENTATIONS", "apply_all", "build", "load_adapter", "merge_adapters"]

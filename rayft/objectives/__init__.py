@@ -7,12 +7,12 @@ from rayft.core.protocols import Objective
 from rayft.objectives.lm import Lm
 from rayft.objectives.sft import Sft
 
-OBJECTIVES = {SftSpec: Sft, LmSpec: Lm}
+IMPLEMENTATIONS = {SftSpec: Sft, LmSpec: Lm}
 
 
 def build(spec: ObjectiveSpec) -> Objective:
     """The objective that `spec` describes."""
-    return OBJECTIVES[type(spec)](spec)
+    return IMPLEMENTATIONS[type(spec)](spec)
 
 
-__all__ = ["OBJECTIVES", "build"]
+__all__ = ["IMPLEMENTATIONS", "build"]

@@ -33,7 +33,7 @@ from rayft.runtime.trackers import Trackers
 
 RECORD, BAD_ROWS = "run.json", "bad_rows.jsonl"
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
-_AGAIN = "put the config back to continue it, choose another name, or `rayft runs {} rm {}`"
+_AGAIN = "put the config back to continue it, or choose another name"
 
 
 class Book:
@@ -82,7 +82,8 @@ class Book:
 
     def job(self, prepared: Prepared) -> Job:
         """The next attempt, under a name no other attempt of this run has."""
-        attempt = f"{self.record.attempts + 1:x}{secrets.token_hex(3)}"
+        # digits that grow, then a letter: the commit protocol fences off older attempts by number
+        attempt = f"{self.record.attempts + 1}x{secrets.token_hex(3)}"
         self._step = None
         self._write(attempts=self.record.attempts + 1)
         # Where a relative path leads must not depend on the worker.
@@ -188,7 +189,7 @@ def _previous(home: Storage, run: Run) -> RunRecord:
         raise ConfigError(
             "\n".join([f"run {run.name} exists with another config:", *changes(record, run)]),
             where=home.shown(RECORD),
-            fix=_AGAIN.format(run.storage, run.name),
+            fix=_AGAIN,
         )
     # Free settings (workers, micro-batch, trackers) may differ; the record says what holds now.
     return replace(record, config=run.resolved())

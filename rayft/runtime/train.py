@@ -92,7 +92,7 @@ def _alone(
 
 
 def _engine() -> Engine:
-    from rayft.compose.job import execute
+    from rayft.compose.execute import execute
 
     return execute
 

@@ -77,7 +77,7 @@ def work(config: dict[str, Task]) -> dict[str, Any]:
 
 def default_engine() -> Engine:
     """rayft's own."""
-    from rayft.compose.job import execute
+    from rayft.compose.execute import execute
 
     return execute
 

@@ -8,9 +8,10 @@ from rayft.config.run import ModelSpec, OptimSpec, TrainSpec
 from rayft.config.strategies import DdpSpec, ZeroSpec
 from rayft.core.protocols import Strategy
 from rayft.strategies.ddp import DdpStrategy
+from rayft.strategies.optim import group_lrs, schedule
 from rayft.strategies.zero import ZeroStrategy
 
-STRATEGIES = {DdpSpec: DdpStrategy, ZeroSpec: ZeroStrategy}
+IMPLEMENTATIONS = {DdpSpec: DdpStrategy, ZeroSpec: ZeroStrategy}
 
 
 def build(
@@ -36,4 +37,4 @@ def build(
     )
 
 
-__all__ = ["STRATEGIES", "build"]
+__all__ = ["IMPLEMENTATIONS", "build", "group_lrs", "schedule"]

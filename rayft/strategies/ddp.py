@@ -42,6 +42,7 @@ class DdpStrategy:
 
     def __init__(self, optim: OptimSpec, precision: str, device: torch.device) -> None:
         self.optim, self.precision, self.device = optim, precision, device
+        self.quant_storage: torch.dtype | None = None
 
     def loading(self) -> AbstractContextManager[None]:
         """Nothing special: every rank loads the model."""

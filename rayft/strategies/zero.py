@@ -124,6 +124,9 @@ class ZeroStrategy:
             _refuse_nvme()
         self._spec, self._optim, self._device = spec, optim, device
         self._sharded_loading = spec.stage == 3 and model.quant == "none"
+        # ZeRO-3 cuts floating point tensors only, so 4-bit codes must lie in one.
+        working = torch.bfloat16 if model.dtype == "bf16" else torch.float32
+        self.quant_storage = working if spec.stage == 3 and model.quant == "nf4" else None
 
     @contextmanager
     def loading(self) -> Iterator[None]:

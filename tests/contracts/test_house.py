@@ -1,0 +1,90 @@
+"""House rules over rayft/, by reading the source: sizes, no guessing, menus equal rooms."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayft.config.run import Run
+from rayft.config.shape import under
+
+PACKAGE = Path(__file__).parents[2] / "rayft"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def each(path: Path) -> pytest.param:
+    return pytest.param(path, id=str(path.relative_to(PACKAGE)))
+
+
+def calls(tree: ast.AST, names: set[str]) -> list[int]:
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+    ]
+
+
+def catch_alls(text: str) -> list[int]:
+    """Lines that catch everything, do not raise it again, and give no reason beside it."""
+    lines = text.splitlines()
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+        names = {kind.id for kind in kinds if isinstance(kind, ast.Name)}
+        everything = node.type is None or names & {"Exception", "BaseException"}
+        reason = lines[node.lineno - 1].partition("#")[2].replace("noqa", "").strip(" :")
+        last = node.body[-1]
+        again = isinstance(last, ast.Raise) and last.exc is None
+        if everything and not again and len(reason.split()) < 3:
+            found.append(node.lineno)
+    return found
+
+
+def long_functions(text: str) -> list[str]:
+    return [
+        f"{node.name}:{node.lineno}"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, FUNCTIONS) and (node.end_lineno or 0) - node.lineno + 1 > 60
+    ]
+
+
+@pytest.mark.parametrize("path", [each(path) for path in FILES])
+def test_a_file_keeps_the_house_rules(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    assert long_functions(text) == []
+    assert calls(ast.parse(text), {"getattr", "hasattr"}) == []
+    assert catch_alls(text) == []
+    assert ast.get_docstring(ast.parse(text)), "a file opens with what it is"
+    lowered = text.lower()
+    assert [word for word in ("todo", "fixme", "xxx", "for now") if f" {word}" in lowered] == []
+
+
+def test_the_rules_see_what_they_forbid() -> None:
+    bad = "try:\n    f()\nexcept Exception:\n    getattr(a, 'b')\nexcept:  # why\n    pass\n"
+    assert catch_alls(bad) == [3, 5]
+    assert (
+        catch_alls("try:\n    f()\nexcept Exception:  # a tracker must not stop a run\n  x\n") == []
+    )
+    assert catch_alls("try:\n    f()\nexcept BaseException:\n    undo()\n    raise\n") == []
+    assert calls(ast.parse(bad), {"getattr"}) == [4]
+    assert long_functions("def f():\n" + "    x\n" * 60) == ["f:1"]
+    assert long_functions("def f():\n" + "    x\n" * 59) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "field"),
+    [("methods", "methods"), ("objectives", "objective"), ("strategies", "strategy")],
+)
+def test_the_menu_and_the_room_hold_the_same_kinds(room: str, field: str) -> None:
+    at = under(Run, field)
+    menu = set((at.item or at).specs.values())
+    found: dict[str, Any] = vars(importlib.import_module(f"rayft.{room}"))
+    assert set(found[room.upper()]) == menu
