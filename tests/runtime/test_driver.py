@@ -13,7 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import list_named_actors, placement_group_table
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 DRIVER = str(Path(__file__).parent / "driver.py")
 LONG = {"train": {"steps": 2000, "save_every": 10}}
 
