@@ -116,12 +116,14 @@ def assemble(run: Run, corpus: Corpus, device: torch.device) -> Parts:
     )
 
 
-def held_out(run: Run, corpus: Corpus, built: Built, rank: int, world: int) -> tuple[Batch, ...]:
-    """This rank's evaluation batches; () without held-out data."""
+def held_out(
+    run: Run, corpus: Corpus, built: Built, rank: int, world: int, limit: int | None = None
+) -> tuple[Batch, ...]:
+    """This rank's evaluation batches; () without held-out data. `limit`: documents at most."""
     if corpus.eval is None:
         return ()
-    size = run.train.eval_batch or run.train.micro_batch
-    return tuple(EvalSet(corpus.eval, size, built.tokenizer.pad_token_id).batches(rank, world))
+    size, pad = run.train.eval_batch or run.train.micro_batch, built.tokenizer.pad_token_id
+    return tuple(EvalSet(corpus.eval, size, pad, limit).batches(rank, world))
 
 
 def model_names(by_step_name: Mapping[str, T]) -> dict[str, T]:
