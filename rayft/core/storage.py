@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -26,7 +27,6 @@ from rayft.core.errors import StorageError
 from rayft.core.retry import Retry, shown
 
 log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 
@@ -86,7 +86,7 @@ class Storage:
 
     def shown(self, path: str = "") -> str:
         """The full address for people: without credentials and options."""
-        return "/".join(part for part in (shown(self.uri).rstrip("/"), path) if part)
+        return "/".join(filter(None, (shown(self.uri).rstrip("/"), path)))
 
     def attempt(self, doing: str, path: str, action: Callable[[], T]) -> T:
         """`action()`, again after transient errors (see `Retry.run`); it must be safe to repeat."""
@@ -204,7 +204,8 @@ class Appender:
         if local is not None:
             self._file = storage.attempt("append to", path, lambda: open_for_append(local))
         else:
-            self._part = len(_parts(storage, path))
+            taken = _parts(storage, path)
+            self._part = next(n for n in count() if _part(path, n) not in taken)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="appender")
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -234,10 +235,7 @@ class Appender:
         try:
             self.flush()
         finally:
-            if self._file is not None:
-                self._file.close()
-            else:
-                self._thread.shutdown()
+            (self._thread.shutdown if self._file is None else self._file.close)()
 
     def __enter__(self) -> Appender:
         return self
@@ -268,13 +266,13 @@ class Appender:
         return True
 
     def _upload(self) -> None:
-        count = len(self._lines)  # the training thread may append meanwhile
-        data = b"".join(self._lines[:count])
+        done = len(self._lines)  # the training thread may append meanwhile
+        data = b"".join(self._lines[:done])
         if not data:
             return
         self._storage.write_bytes(_part(self._path, self._part), data)
         if len(data) >= self._part_bytes:
-            del self._lines[:count]
+            del self._lines[:done]
             self._part += 1
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -187,3 +189,15 @@ def test_probe_names_the_place_and_the_reason(tmp_path, s3):
 def test_senseless_uri_is_refused():
     with pytest.raises(StorageError, match="s4://x/y"):
         Storage.open("s4://x/y")
+
+
+def test_file_uri_and_plain_path_are_the_same_folder(tmp_path, monkeypatch):
+    Storage.open(f"file://{tmp_path}/a%20b").write_text("f", "1")
+    monkeypatch.chdir(tmp_path)
+    assert Storage.open("a b").read_text("f") == "1"
+
+
+def test_storage_imports_neither_torch_nor_pyarrow():
+    code = "import sys, rayft.core.series; print({'torch', 'pyarrow', 'ray'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
