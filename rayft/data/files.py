@@ -92,7 +92,7 @@ def find(path: str, base: Path | None = None) -> list[File]:
     if _is_uri(path):
         return _find_remote(path)
     local = Path(path).expanduser()
-    local = local if local.is_absolute() or base is None else base / local
+    local = ((base or Path()) / local).absolute()
     if local.is_file():
         return [_local(local)]
     if local.is_dir():

@@ -22,7 +22,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the quick brown fox, naïve café 東京 1234 \n\n def f(x): return x  end".split(" ")
+WORDS = ["the", "quick", "fox,", "naïve", "café", "東京", "1234", "\n\n", "def f(x):", "", "end"]
 
 
 def said(rng: random.Random) -> str:
@@ -42,9 +42,7 @@ def chats(count: int, *, turns: int) -> list[list[dict[str, str]]]:
 def theirs(rows, tokenizer, tmp_path, **options):
     """(ids, labels) of TRL's SFTTrainer for each row."""
     tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=1, **tiny)
-    )
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=1, **tiny))
     args = SFTConfig(
         output_dir=str(tmp_path), report_to="none", max_length=None, use_cpu=True, bf16=False,
         **options,
