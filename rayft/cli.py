@@ -139,6 +139,8 @@ def _summary(record: RunRecord, folder: str) -> list[str]:
     """The last lines of a training command."""
     lines = [f"{record.name}: {record.status}, {record.steps} steps, {record.seconds:.0f} s"]
     for metric, tuned in record.eval.items():
+        if metric.endswith("_tokens"):
+            continue
         base = f"base {record.base[metric]:.4f}, " if metric in record.base else ""
         lines.append(f"  {metric}: {base}tuned {tuned:.4f}")
     if record.best:
@@ -148,6 +150,8 @@ def _summary(record: RunRecord, folder: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code. The only place where errors are caught."""
+    if not sys.stderr.isatty():  # before transformers is imported: no bars in a log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         result = app(args=arguments, prog_name="rayft", standalone_mode=False)
         return result if isinstance(result, int) else 0
