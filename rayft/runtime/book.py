@@ -31,7 +31,7 @@ from rayft.runtime.failure import Failure, first_line
 from rayft.runtime.progress import Event, View
 from rayft.runtime.trackers import Trackers
 
-RECORD = "run.json"
+RECORD, BAD_ROWS = "run.json", "bad_rows.jsonl"
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
 _AGAIN = "put the config back to continue it, or choose another name"
 
@@ -69,6 +69,8 @@ class Book:
             )
         self._trackers = Trackers(self._run, self.home, self.warn)
         self._begun = True
+        if prepared.bad_rows:
+            self.home.write_bytes(BAD_ROWS, prepared.bad_rows)
         self._write(
             status="running",
             data_hash=prepared.hash,
@@ -84,7 +86,9 @@ class Book:
         attempt = f"{self.record.attempts + 1}x{secrets.token_hex(3)}"
         self._step = None
         self._write(attempts=self.record.attempts + 1)
-        return Job(self._run.resolved(), self._run.digest(), attempt, prepared.uri, prepared.hash)
+        # Where a relative path leads must not depend on the worker.
+        config = self._run.resolved() | {"storage": Storage.open(self._run.storage).uri}
+        return Job(config, self._run.digest(), attempt, prepared.uri, prepared.hash)
 
     def hear(self, events: Sequence[Event]) -> int | None:
         """Take events; the last finished step of this attempt, None before it is known."""

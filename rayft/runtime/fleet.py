@@ -22,6 +22,7 @@ def run_fleet(
         RayftError: refused, failed for good, or interrupted.
     """
     with connected():
+        interrupt.arm()  # ray.init installs a SIGTERM handler that ends the process
         interrupt.check()
         living, limit = nodes(), ceiling()
         gpus = preflight.gpus_per_worker(run, living)

@@ -46,19 +46,22 @@ def test_a_run_from_start_to_end(a_run, capfd):
     said = capfd.readouterr()
     assert "step 40/40" in said.err and "TrainController" not in said.out + said.err
     assert len(said.err.splitlines()) < 15 and not said.out
-    assert not list_named_actors(all_namespaces=True)
+    named = list_named_actors(all_namespaces=True)
+    assert not [actor for actor in named if actor["name"].startswith("rayft")]
     states = {group["state"] for group in placement_group_table().values()}
     assert states <= {"REMOVED"}
 
 
-def test_killed_workers_continue_from_the_last_commit(a_run):
+def test_killed_workers_continue_from_the_last_commit(a_run, capfd):
     run = a_run()
     record = go(run, "kill 1 15 1\nkill all 35 2\n")
     assert (record.status, record.steps, record.attempts) == ("done", 40, 3)
     assert [one[:2] for one in starts(run)] == [(0, 0), (0, 1), (10, 0), (10, 1), (30, 0), (30, 1)]
     assert len({one[2] for one in starts(run)}) == 3  # every attempt has its own id
     trace = (Path(run.storage) / "r/errors/attempt-1.txt").read_text()
-    assert trace.startswith("rank 1, step 15") and "WorkerDied" in trace
+    assert trace.startswith("rank 1, step 1") and "WorkerDied" in trace
+    said = capfd.readouterr()
+    assert "attempt 1 failed (rank 1" in said.err and "raylet" not in said.out + said.err
 
 
 def test_a_bug_at_one_step_ends_with_a_diagnosis(a_run):
