@@ -137,15 +137,20 @@ def export(
 
 def _summary(record: RunRecord, folder: str) -> list[str]:
     """The last lines of a training command."""
-    lines = [f"{record.name}: {record.status}, {record.steps} steps, {record.seconds:.0f} s"]
-    for metric, tuned in record.eval.items():
-        if metric.endswith("_tokens"):
-            continue
-        base = f"base {record.base[metric]:.4f}, " if metric in record.base else ""
-        lines.append(f"  {metric}: {base}tuned {tuned:.4f}")
+    trained = f"{record.params_trainable:,} of {record.params_total:,} parameters"
+    lines = [
+        f"{record.name}: {record.status}, {record.steps} steps, {record.seconds:.0f} s, {trained}"
+    ]
+    for name, tuned in record.eval.items():
+        task = name.removeprefix("eval_loss")
+        if name.startswith("eval_loss") and name in record.base:
+            ppl = f"perplexity {record.base[f'eval_ppl{task}']:.1f} -> {record.eval[f'eval_ppl{task}']:.1f}"
+            label = f"held-out loss{task.replace('/', ', task ')}"
+            lines.append(f"  {label}: base {record.base[name]:.4f} -> tuned {tuned:.4f} ({ppl})")
     if record.best:
         lines.append(f"  best: {record.best.metric:.4f} at step {record.best.step}")
-    return [*lines, f"  results: {folder}", f"  next: rayft eval {folder}"]
+    lines += [f"  export: {folder}/export", f"  next: rayft eval {folder} --generate 64"]
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from rayft.compose.session import Session, peak_memory
 from rayft.config.run import Run
 from rayft.core.record import Best, RunRecord
 from rayft.core.storage import Storage
+from rayft.models.quiet import hush
 
 
 def execute(job: Job, rank: int, world: int, device: torch.device, signals: Signals) -> Outcome:
@@ -30,6 +31,7 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
         RayftError: with the exit code of what went wrong; the last commit stays intact.
     """
     began = time.monotonic()
+    hush()
     run = Run.model_validate(job.config)
     storage = Storage.open(run.storage).child(run.name)
     parts = assemble(run, open_corpus(run, job.data_dir, job.data_hash), device)

@@ -25,6 +25,7 @@ from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError, DataError
 from rayft.core.record import RunRecord
 from rayft.core.storage import Storage
+from rayft.models.quiet import hush
 
 MERGED = "export-merged"  # beside `export`
 
@@ -79,6 +80,7 @@ def open_run(where: str) -> Opened:
     """Read the record and build the run's model with its base weights, on one device."""
     storage = Storage.open(where)
     record = read_record(storage)
+    hush()
     run = Run.model_validate(record.config).model_copy(update={"strategy": DdpSpec()})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Opened(storage, record, run, build(run, device, strategy_of(run, device)), device)
