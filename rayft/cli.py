@@ -144,7 +144,8 @@ def _summary(record: RunRecord, folder: str) -> list[str]:
     for name, tuned in record.eval.items():
         task = name.removeprefix("eval_loss")
         if name.startswith("eval_loss") and name in record.base:
-            ppl = f"perplexity {record.base[f'eval_ppl{task}']:.1f} -> {record.eval[f'eval_ppl{task}']:.1f}"
+            before, after = (each[f"eval_ppl{task}"] for each in (record.base, record.eval))
+            ppl = f"perplexity {before:.1f} -> {after:.1f}"
             label = f"held-out loss{task.replace('/', ', task ')}"
             lines.append(f"  {label}: base {record.base[name]:.4f} -> tuned {tuned:.4f} ({ppl})")
     if record.best:

@@ -12,9 +12,10 @@ import pytest
 
 from rayft.core import failpoints
 from rayft.core.errors import StorageError
+from rayft.core.jsonl import Appender, read_jsonl
 from rayft.core.retry import Retry, is_transient
 from rayft.core.series import latest, read_series
-from rayft.core.storage import Appender, Storage, probe, read_jsonl
+from rayft.core.storage import Storage, probe
 from tests.contracts.s3 import s3_server
 
 QUICK = Retry(attempts=3, first=0.001, longest=0.002)
