@@ -1,4 +1,5 @@
-"""Several methods on one model: freeze everything, apply in order, train exactly what they return."""
+"""Several methods on one model: freeze everything, apply in order, train exactly what they
+return."""
 
 from __future__ import annotations
 
