@@ -17,9 +17,13 @@ def generate(
 ) -> list[str]:
     """One greedy completion per prompt, without the prompt and without special tokens.
 
-    Prompts are taken as they are (a chat template has written its special tokens already) and
-    padded
-    on the left in one batch. The key-value cache is on here and nowhere else.
+        Prompts are taken as they are (a chat template has written its special tokens already) and
+    <<<<<<< HEAD
+        padded
+        on the left in one batch. The key-value cache is on here and nowhere else.
+    =======
+        padded on the left in one batch. The key-value cache is on here and nowhere else.
+    >>>>>>> model
     """
     if not prompts:
         return []
