@@ -1,11 +1,6 @@
 """Summed next-token loss of every row, without ever holding the logits of a batch.
 
-<<<<<<< HEAD
-    nll[b] = sum_{t trained} ( logsumexp_v z[b, t, v] - z[b, t, y[b, t]] ),   z = cap(m W h + m
-    bias)
-=======
     nll[b] = sum_{t trained} (logsumexp_v z[b, t, v] - z[b, t, y[b, t]]),   z = cap(m (W h + bias))
->>>>>>> model
     dz     = softmax(z) - onehot(y),    dh = dz' W,    dW = sum_t rel[b] dz'[t]^T h[t]
 
 The head's gradient is formed in the forward pass, chunk by chunk, so nothing is computed twice
