@@ -121,8 +121,8 @@ def memory(loss: Callable[[], torch.Tensor], args, device: torch.device) -> tupl
 def report(args, times: dict[str, list[float]], memories: dict[str, tuple[int, int, int]]) -> None:
     print(
         f"{args.device} {args.dtype} V={args.vocab} H={args.hidden} L={args.layers} "
-        f"rows={args.rows} T={args.length} train={args.train} tied={args.tied} threads={args.threads} "
-        f"repetitions={args.repetitions} chunk<={chunked.MAX_CHUNK}"
+        f"rows={args.rows} T={args.length} train={args.train} tied={args.tied} "
+        f"threads={args.threads} repetitions={args.repetitions} chunk<={chunked.MAX_CHUNK}"
     )
     print(
         f"{'way':8} {'ms/step':>9} {'largest logits':>15} {'live logits':>12} {'device peak':>12}"
