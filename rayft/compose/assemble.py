@@ -66,8 +66,8 @@ def build(run: Run, device: torch.device, strategy: Strategy) -> Built:
             gradient_checkpointing=run.train.gradient_checkpointing,
             quant_storage=strategy.quant_storage,
         )
-    chosen = tuple(methods.build(spec) for spec in run.methods)
-    groups = tuple(methods.apply_all(model, chosen, seed=run.seed))
+        chosen = tuple(methods.build(spec) for spec in run.methods)
+        groups = tuple(methods.apply_all(model, chosen, seed=run.seed))  # DoRA reads base weights
     objective = objectives.build(run.objective)
     policy = CausalPolicy(model, packing=run.data.packing)
     return Built(model, tokenizer, chosen, groups, objective, TrainStep(policy, objective))
