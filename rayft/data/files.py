@@ -191,9 +191,8 @@ def _find_remote(uri: str) -> list[File]:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise ConfigError(f"cannot read {scheme}:// ({uri})", fix=f"known: {known}, paths, hub ids")
     head, mark, query = uri.partition("?")
-    fixed = head
-    if re.search(r"[*\[]", head):
-        fixed = head[: re.search(r"[*\[]", head).start()].rsplit("/", 1)[0]
+    magic = re.search(r"[*\[]", head)
+    fixed = head[: magic.start()].rsplit("/", 1)[0] if magic else head
     try:
         system, path = fs.FileSystem.from_uri(fixed + mark + query)
         infos = _infos(system, path)

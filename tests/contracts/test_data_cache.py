@@ -126,9 +126,11 @@ def test_a_torn_cache_is_made_anew(tokenizer, tmp_path, cache):
     data = spec(write(tmp_path / "a.jsonl", GOOD))
     first = prepare(data, SftSpec(), tokenizer, cache)
     folder = cache.child(first.digest)
-    whole = folder.read_bytes("tokens.arrow")
-    folder.write_bytes("tokens.arrow", whole[: len(whole) // 2])
+    name = json.loads(folder.read_bytes("meta.json"))["file"]
+    whole = folder.read_bytes(name)
+    folder.write_bytes(name, whole[: len(whole) // 2])
     same(first, prepare(data, SftSpec(), tokenizer, cache))
+    assert len(folder.list()) == 4  # the torn file is left alone, the new one has its own name
     folder.delete("meta.json")
     same(first, prepare(data, SftSpec(), tokenizer, cache))
 

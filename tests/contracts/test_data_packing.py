@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayft.data.packing import pack
@@ -42,6 +42,7 @@ def best_fit_decreasing(lengths, capacity):
     return len(free)
 
 
+@settings(deadline=None)  # machines under load
 @given(CASES)
 def test_every_document_once_and_no_row_too_full(case):
     capacity, lengths = case
@@ -51,6 +52,7 @@ def test_every_document_once_and_no_row_too_full(case):
     assert rows == rows_of(lengths, capacity)
 
 
+@settings(deadline=None)  # machines under load
 @given(CASES)
 def test_rows_as_best_fit_decreasing(case):
     capacity, lengths = case

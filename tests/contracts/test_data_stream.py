@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayft.core.batch import IGNORE
@@ -67,6 +67,7 @@ def all_ranks(source, step, world):
 
 
 @pytest.mark.parametrize("packing", [False, True])
+@settings(deadline=None)  # machines under load
 @given(
     world=st.integers(1, 5),
     micro=st.integers(1, 9),
@@ -144,6 +145,7 @@ def test_weights_are_passes_per_epoch():
     assert halves[0] != halves[1]
 
 
+@settings(deadline=None)  # machines under load
 @given(seed=st.integers(0, 50))
 def test_packed_rows_are_of_one_task_and_fit(seed):
     corpus = table(seed=seed)
@@ -160,6 +162,17 @@ def test_rows_of_a_step_are_dealt_longest_first_and_evenly():
     assert [len(part) for part in parts] == [3, 3, 2, 2]
     assert parts[0].tolist() == [9, 8, 7]
     assert [len(part) for part in split_rows([1], np.ones(1), 4, 3)] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_get_similar_lengths(world):
+    source = stream(global_batch=24, micro_batch=2)
+    windows = [source.window(1, rank, world) for rank in range(world)]
+    widths = [[batch.input_ids.shape[1] for batch in window] for window in windows]
+    for earlier, later in zip(
+        zip(*widths, strict=True), list(zip(*widths, strict=True))[1:], strict=False
+    ):
+        assert min(earlier) >= max(later)
 
 
 def test_a_rank_without_rows_trains_nothing():
@@ -195,6 +208,7 @@ def test_collate(packed):
         assert (batch.labels[index, at:] == IGNORE).all()
 
 
+@settings(deadline=None)  # machines under load
 @given(world=st.integers(1, 5), size=st.integers(1, 7))
 def test_evaluation_sees_every_document_once(world, size):
     corpus = table(documents=23)
