@@ -409,6 +409,8 @@ def single_cases() -> list[Case]:
 def laboratory() -> Path:
     """Run everything once per test session; the folder with the results."""
     os.environ["RAYFT_TOY"], os.environ["RAYFT_TOY_TIED"] = base(False), base(True)
+    # glibc gives freed memory back at once, so that resident memory tells what lives (see birth).
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "100000"
     folder = Path(tempfile.mkdtemp(prefix="rayft-lab-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for world, cases in ((0, solo_cases()), (2, pair_cases()), (1, single_cases())):

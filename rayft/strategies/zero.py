@@ -99,7 +99,12 @@ def _environment(device: torch.device) -> None:
     os.environ["RANK"] = str(dist.get_rank())
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())
     os.environ["LOCAL_RANK"] = str(device.index or 0)
+    import deepspeed  # reads the accelerator when it is imported
+
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # An inference-only all-reduce that DeepSpeed otherwise compiles (a minute) at start-up.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class ZeroStrategy:

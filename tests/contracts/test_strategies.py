@@ -14,6 +14,7 @@ from rayft.core.shards import PARAM
 from rayft.strategies import STRATEGIES
 from tests.strategy_lab import OPTIM, SAVE, STEPS, results
 
+pytestmark = pytest.mark.timeout(600)  # the first test of a session runs the laboratory
 NAMES = ["ddp", "zero0", "zero1", "zero2", "zero3"]
 
 

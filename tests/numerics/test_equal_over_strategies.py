@@ -25,6 +25,7 @@ from tests.strategy_lab import (
     start_params,
 )
 
+pytestmark = pytest.mark.timeout(600)  # the first test of a session runs the laboratory
 EQUAL = 1e-5
 
 
