@@ -23,7 +23,7 @@ from rayft.strategies.optim import (
     schedule,
     set_lrs,
 )
-from tests.strategy_lab import CPU, Reader
+from tests.strategy_toy import CPU, Reader
 
 TOTAL = 37
 
