@@ -22,11 +22,13 @@ Left out: fp16 with loss scaling, ZeRO++, MiCS, pipeline and tensor parallelism.
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -99,7 +101,15 @@ def _environment(device: torch.device) -> None:
     os.environ["RANK"] = str(dist.get_rank())
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())
     os.environ["LOCAL_RANK"] = str(device.index or 0)
+    import deepspeed  # reads the accelerator when it is imported
+
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed still calls these by their old names; the user can do nothing about it.
+    renamed = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    if device.type == "cpu":
+        # An inference-only all-reduce that DeepSpeed otherwise compiles (a minute) at start-up.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class ZeroStrategy:
@@ -151,6 +161,15 @@ class ZeroStrategy:
         return ZeroEngine(step, groups, self._spec, self._optim, self._device, self.config)
 
 
+@contextmanager
+def _unprinted() -> Iterator[None]:
+    """What DeepSpeed prints while it starts (memory tables, notices) goes to the debug log."""
+    said = io.StringIO()
+    with redirect_stdout(said):
+        yield
+    logging.getLogger(__name__).debug("DeepSpeed said:\n%s", said.getvalue())
+
+
 def _numel(param: nn.Parameter) -> int:
     from deepspeed.runtime.zero.partition_parameters import is_zero_param
 
@@ -188,12 +207,13 @@ class ZeroEngine:
         config = copy.deepcopy(config)
         bucket = min(BUCKET, sum(_numel(param) for param in params))
         config["zero_optimization"].setdefault("reduce_bucket_size", bucket)
-        self._engine, *_ = deepspeed.initialize(
-            model=step,
-            optimizer=build_optimizer(groups, optim, device),
-            config=config,
-            dist_init_required=False,
-        )
+        with _unprinted():
+            self._engine, *_ = deepspeed.initialize(
+                model=step,
+                optimizer=build_optimizer(groups, optim, device),
+                config=config,
+                dist_init_required=False,
+            )
         self._optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
         assert_groups(self._optimizer, groups, optim.lr)
         self._state = self._held(spec)
