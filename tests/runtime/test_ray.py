@@ -85,13 +85,13 @@ def test_divergence_is_not_tried_again(a_run):
 
 
 def test_too_many_workers_are_refused_in_seconds(a_run):
-    run = a_run(scale={"workers": 64, "gpus": 1, "resources": {"fpga": 1}})
+    run = a_run(scale={"workers": 2, "cpus": 64, "gpus": 1, "resources": {"fpga": 1}})
     began = time.monotonic()
     with pytest.raises(InfeasibleError) as caught:
         go(run)
     assert time.monotonic() - began < 10
     text = str(caught.value)
-    assert "64 workers of 1 CPU, 1 fpga, 1 GPU" in text and "room for 0" in text
+    assert "2 workers of 64 CPU, 1 fpga, 1 GPU" in text and "room for 0" in text
     assert "scale.workers" in text and "scale.gpus" in text and "scale.resources.fpga" in text
     assert len(text.splitlines()) <= 15 and caught.value.exit_code == 4
     assert not (Path(run.storage) / "r").exists()
