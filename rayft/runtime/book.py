@@ -61,9 +61,11 @@ class Book:
         """
         before = self.record.data_hash
         if before and before != prepared.hash:
+            from rayft.compose.data import what_changed  # torch comes with it; rarely needed here
+
+            diff = what_changed(prepared.uri, before, prepared.hash)
             raise DataError(
-                f"the data changed since run {self._run.name} began "
-                f"(hash {before[:12]}, now {prepared.hash[:12]})",
+                "\n".join([f"the data changed since run {self._run.name} began:", *diff]),
                 where="data.train, data.eval",
                 fix="put the data back to continue, or choose another name",
             )
