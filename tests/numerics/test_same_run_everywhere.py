@@ -1,7 +1,7 @@
-"""One run, cut in every way, trains the same parameters: strategies, worlds, micro-batches, packing.
+"""One run, cut in every way, trains the same: strategies, worlds, micro-batches, packing.
 
-Every case runs the real engine (compose.execute) on builtin:tiny for 20 AdamW steps over documents of
-ragged lengths, all of them in every step, so that packed and unpacked rows hold the same documents.
+Every case runs the real engine (compose.execute) on builtin:tiny for 20 AdamW steps over documents
+of ragged lengths, all of them in every step, so that packed and unpacked rows hold the same ones.
 """
 
 from __future__ import annotations
