@@ -42,7 +42,7 @@ def choose_commit(storage: Storage, record: RunRecord, step: int | None = None) 
 
 
 def make_export(built: Built, record: RunRecord, commit: Commit, folder: Path) -> None:
-    """Write the hub layout of `commit` into the local `folder`; methods read back what they wrote."""
+    """Hub layout of `commit` in the local `folder`; methods read back what they write."""
     state = model_names(dict(commit.consolidated()))
     for method in built.methods:
         method.export(built.model, state, folder)
