@@ -24,7 +24,38 @@ from torch import Tensor
 
 from rayft.config.run import ModelSpec, TrainSpec
 from rayft.config.strategies import DdpSpec, ZeroSpec
-from tests.strategy_toy import ROWS, SAVE, STEPS, Case, Step, base, load_base, run_case
+from tests.strategy_toy import ROWS, SAVE, STEPS, Case, Step, base, load_base, run_case, strategy_of
+
+
+def birth(case: Case) -> dict[str, Any]:
+    """Create 23 M random parameters: the whole, what this rank then holds, and how far resident
+    memory rose meanwhile (bytes)."""
+    strategy = strategy_of(case)  # before transformers, which may import DeepSpeed
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+    )
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    with strategy.loading():
+        model = AutoModelForCausalLM.from_config(config)
+    peak = _status("VmHWM") - before
+    params = list(model.parameters())
+    sharded = [param for param in params if hasattr(param, "ds_tensor")]
+    whole = sum(p.ds_numel for p in sharded) or sum(p.numel() for p in params)
+    held = sum(p.numel() for p in params) + sum(p.ds_tensor.numel() for p in sharded)
+    return {"whole": whole, "held": held, "peak": peak}
+
+
+def _status(key: str) -> int:
+    """Bytes of one line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def worker(rank: int, world: int, cases: list[Case], folder: Path, store: str) -> None:
@@ -36,7 +67,7 @@ def worker(rank: int, world: int, cases: list[Case], folder: Path, store: str) -
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     for case in cases:
         try:
-            result = run_case(case, folder)
+            result = birth(case) if case.birth else run_case(case, folder)
         except Exception:  # the test that reads this case fails with the text
             result = {"error": traceback.format_exc()}
         torch.save(result, folder / f"{case.name}.{rank}.pt")

@@ -241,22 +241,21 @@ class Reader:
         return dict(self._shards[rank].whole) if rank < self.world else {}
 
 
+def strategy_of(case: Case) -> Strategy:
+    """Built for this rank."""
+    train = case.train
+    return build(
+        case.spec, case.optim, train, case.model, micro_batch=train.micro_batch, device=CPU
+    )
+
+
 def run_case(case: Case, folder: Path) -> dict[str, Any]:
     """What one rank measured: losses, norms, lrs, parameters at the end, the shard of `save`."""
-    strategy = build(
-        case.spec,
-        case.optim,
-        case.train,
-        case.model,
-        micro_batch=case.train.micro_batch,
-        device=CPU,
-    )
-    if case.birth:
-        return birth(strategy)
+    strategy = strategy_of(case)
     with strategy.loading():
         model = load_base(case.model, case.tied)
     if case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     groups = groups_of(model, case.method)
     engine = strategy.prepare(Step(model, case.head), groups)
     if case.load:
@@ -280,36 +279,6 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         out["eval"] = [float(v) for v in rows]
     out["params"] = dict(engine.full())
     return out
-
-
-def birth(strategy: Strategy) -> dict[str, Any]:
-    """Create 23 M random parameters: the whole, what this rank then holds, and how far resident
-    memory rose meanwhile (bytes)."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-    )
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
-    with strategy.loading():
-        model = AutoModelForCausalLM.from_config(config)
-    peak = _status("VmHWM") - before
-    params = list(model.parameters())
-    sharded = [param for param in params if hasattr(param, "ds_tensor")]
-    whole = sum(p.ds_numel for p in sharded) or sum(p.numel() for p in params)
-    held = sum(p.numel() for p in params) + sum(p.ds_tensor.numel() for p in sharded)
-    return {"whole": whole, "held": held, "peak": peak}
-
-
-def _status(key: str) -> int:
-    """Bytes of one line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def same(one: Shard, two: Shard) -> bool:

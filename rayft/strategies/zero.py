@@ -2,7 +2,8 @@
 
 Rajbhandari et al. 2019 (arXiv 1910.02054); offload: Ren et al. 2021 (arXiv 2101.06840). With P
 trained parameters on W ranks in bf16, a rank holds about 2P + 2P + 12P/W bytes at stage 1,
-2P + 14P/W at stage 2, 16P/W at stage 3 (weights, gradients, fp32 master and two moments).
+2P + 14P/W at stage 2, 16P/W at stage 3 (weights, gradients, fp32 master and two moments); here
+gradients are accumulated in fp32, which adds 2 bytes per gradient held.
 Precision bf16: bf16 weights with an fp32 master (stage 0: fp32 weights under autocast, as ddp).
 The optimizer is torch's AdamW in the run's named groups; DeepSpeed cuts it and calls it. It
 averages gradients over ranks where the loop wants sums, hence the factor `world` on every loss.
@@ -11,7 +12,9 @@ Stage 3 recipes:
 - A weight used outside its own module's forward (a head applied in chunks as `lm_head.weight`)
   needs nothing special inside the step module's forward: DeepSpeed sees the access, gathers the
   weight and registers it with the module whose forward is running, tied or not. It must be read
-  as an attribute, in forward, on every call; a tensor kept from an earlier call is released.
+  as an attribute, in forward, on every call; a tensor kept from an earlier call is released. An
+  autograd.Function that forms its gradients in the forward pass works too: the gradient that
+  comes back to it is the loop's scale times `world`, not the scale itself.
 - Every rank must run the same number of forward and backward passes, in evaluation too: each one
   gathers weights from all ranks.
 - A quantised base is loaded whole on each rank first and cut in `prepare` (transformers cannot
