@@ -79,7 +79,7 @@ def _start(options: dict) -> None:
         raise ConfigError(
             f"RAY_ADDRESS={address} is not an address that training can join",
             cause="http:// is the job server, ray:// is Ray Client; drivers run in the cluster",
-            fix="use `rayft submit train CONFIG`, or unset RAY_ADDRESS",
+            fix="`ray job submit -- rayft train CONFIG`, or unset RAY_ADDRESS",
         )
     if not address:
         for name, value in _LOCAL.items():

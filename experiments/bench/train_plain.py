@@ -1,0 +1,277 @@
+"""rayft's loop against the plain loop that an engineer writes around DeepSpeed.
+
+    python experiments/bench/train.py plain [--workers 2] [--threads 1] [--stages 2 3] [--quick]
+
+Same random Llama, same batches in memory, same DeepSpeed config, same AdamW and groups, W ranks:
+  plain        loss = engine(input_ids, labels=labels).loss; engine.backward(loss); engine.step();
+               it reads no loss and logs nothing, which no real loop can afford
+  plain_chunk  the same with rayft's CausalPolicy as the loss: what differs is the loop alone
+  rayft        compose.loop.train with a line of metrics.jsonl and a progress event per step
+The ways take turns, a block of steps each, in the same processes and in alternating order; a
+ratio is taken per turn, the median is reported. Peak memory: fresh processes, one way each.
+Targets: rayft / plain at most 1.02 where steps take 100 ms or more, the same loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from _common import (
+    RayftLoop,
+    fresh,
+    header,
+    model_folder,
+    parameters,
+    parse,
+    peak_memory,
+    ratios,
+    rows,
+    run_of,
+    spread,
+    synchronise,
+)
+from torch import Tensor, nn
+
+from rayft.compose.assemble import build, strategy_of
+from rayft.config.run import Run, ZeroSpec
+from rayft.core.batch import IGNORE, Batch
+from rayft.core.series import read_series
+from rayft.data.stream import TrainStream
+from rayft.strategies.optim import build_optimizer
+from rayft.strategies.zero_config import deepspeed_config
+
+WAYS = ("plain", "plain_chunk", "rayft")
+TARGET, COMPARABLE = 1.02, 0.1  # ratio; seconds of a step
+SAME_LOSS = 1e-4  # relative, after tens of updates in fp32
+PRESETS = {
+    "cpu": {"micro_batch": 2, "length": 128, "block": 4, "turns": 15, "warmup": 3},
+    "cuda": {"micro_batch": 8, "length": 1024, "block": 10, "turns": 15, "warmup": 10},
+    "quick": {"micro_batch": 2, "length": 32, "block": 2, "turns": 3, "warmup": 1},
+}
+
+
+class Cycle:
+    """Stream: a few windows in memory, over and over."""
+
+    def __init__(self, windows: list[list[Batch]]) -> None:
+        self.windows = windows
+
+    def window(self, step: int, rank: int, world: int) -> list[Batch]:
+        return self.windows[step % len(self.windows)]
+
+
+class ChunkedMean(nn.Module):
+    """forward(tensors) -> mean loss of a micro-batch through rayft's policy."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, tensors: dict[str, Tensor]) -> Tensor:
+        batch = Batch(**tensors, packed=False)
+        count = (batch.targets() != IGNORE).sum()
+        scale = (1.0 / count).expand(batch.rows)
+        return (self.policy.row_nll(batch, scale) * scale).sum()
+
+
+class PlainLoop:
+    """The loop by hand."""
+
+    def __init__(self, run: Run, stream: Cycle, device: torch.device, chunked: bool) -> None:
+        import deepspeed
+
+        built = build(run, device, strategy_of(run, device))
+        train, precision = run.train, run.train.precision
+        world = dist.get_world_size()
+        self.engine, *_ = deepspeed.initialize(
+            model=ChunkedMean(built.step.policy) if chunked else built.model,
+            optimizer=build_optimizer(list(built.groups), run.optim, device),
+            config=deepspeed_config(
+                run.strategy, run.optim, train, precision, train.micro_batch, world
+            ),
+            dist_init_required=False,
+        )
+        self.stream, self.device, self.chunked = stream, device, chunked
+        self.step, self.last = 0, torch.zeros(())
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step += 1
+            losses = [self.micro(batch) for batch in self.stream.window(self.step, 0, 1)]
+            self.last = torch.stack(losses)
+
+    def micro(self, batch: Batch) -> Tensor:
+        if self.chunked:
+            loss = self.engine(batch.to(self.device).tensors())
+        else:
+            ids, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
+            loss = self.engine(input_ids=ids, labels=labels).loss
+        self.engine.backward(loss)
+        self.engine.step()
+        return loss.detach()
+
+    def loss(self) -> float:
+        """Of the last step, over all ranks."""
+        mean = self.last.mean().double()
+        dist.all_reduce(mean)
+        return float(mean) / dist.get_world_size()
+
+
+class OurLoop:
+    """rayft, with the loss of the last step read from the metrics it wrote."""
+
+    def __init__(
+        self, run: Run, table: Any, stream: Cycle, device: torch.device, folder: Path
+    ) -> None:
+        self.loop = RayftLoop(run, table, device, folder, stream)
+        self.steps = self.loop.steps
+
+    def loss(self) -> float | None:
+        return read_series(self.loop.session.storage)[-1]["loss"] if dist.get_rank() == 0 else None
+
+
+def run_for(args: argparse.Namespace, model: Path, stage: int, world: int) -> Run:
+    """One DeepSpeed config for every way; the bucket is what rayft would choose by itself."""
+    bucket = {"zero_optimization": {"reduce_bucket_size": min(500_000_000, parameters(args))}}
+    spec = ZeroSpec(stage=stage, deepspeed=bucket)
+    each = args.micro_batch * args.accumulation
+    return run_of(
+        args,
+        model,
+        spec,
+        global_batch=each * world,
+        micro_batch=args.micro_batch,
+        max_length=args.length,
+    )
+
+
+def work(
+    rank: int,
+    world: int,
+    folder: Path,
+    args: argparse.Namespace,
+    model: Path,
+    stage: int,
+    ways: Sequence[str],
+    turns: int,
+) -> dict[str, Any]:
+    """One rank: seconds per step of every turn, losses, peak memory above that of the imports."""
+    device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
+    if args.device == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if args.device == "cuda" else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(minutes=5),
+    )
+    run = run_for(args, model, stage, world)
+    table = rows([args.length] * run.train.global_batch * 8, args.vocab, args.seed)
+    source = TrainStream(
+        table, (1.0,), args.seed, run.train.global_batch, args.micro_batch, args.length, False, 2
+    )
+    stream = Cycle([source.window(step, rank, world) for step in range(1, 9)])
+    start = peak_memory(device)
+    loops = {
+        way: OurLoop(run, table, stream, device, folder / "run")
+        if way == "rayft"
+        else PlainLoop(run, stream, device, way == "plain_chunk")
+        for way in ways
+    }
+    for loop in loops.values():
+        loop.steps(args.warmup)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(turns):
+        for way in ways if turn % 2 == 0 else tuple(reversed(ways)):
+            seconds[way].append(block(loops[way], args.block, device))
+    losses = {way: loop.loss() for way, loop in loops.items()}
+    peak = peak_memory(device)
+    dist.destroy_process_group()
+    return {"seconds": seconds, "loss": losses, "peak": peak, "start": start}
+
+
+def block(loop: PlainLoop | OurLoop, steps: int, device: torch.device) -> float:
+    """Seconds per step of `steps` steps, all ranks together."""
+    synchronise(device)
+    dist.barrier()
+    began = time.perf_counter()
+    loop.steps(steps)
+    synchronise(device)
+    dist.barrier()
+    return (time.perf_counter() - began) / steps
+
+
+def report(args: argparse.Namespace, stage: int, found: dict[str, Any], peaks: dict) -> None:
+    """The table of one stage."""
+    seconds, losses = found["seconds"], found["loss"]
+    tokens = args.micro_batch * args.accumulation * args.workers * args.length
+    print(
+        f"ZeRO-{stage}: {args.workers} ranks x {args.accumulation} micro-batches x "
+        f"{args.micro_batch} rows x {args.length} tokens; {args.turns} turns of {args.block} steps"
+    )
+    print(f"  {'':12}{'ms/step':>28}{'tokens/s':>12}{'peak MiB':>20}{'last loss':>12}")
+    for way in WAYS:
+        rate = tokens / statistics.median(seconds[way])
+        timed = spread([1e3 * each for each in seconds[way]])
+        print(f"  {way:12}{timed:>28}{rate:12.0f}{peaks.get(way, '-'):>20}{losses[way]:12.6f}")
+    for way in ("plain", "plain_chunk"):
+        pairs = ratios(seconds["rayft"], seconds[way])
+        low, high = interval(pairs)
+        print(f"  rayft / {way:12} time {statistics.median(pairs):.3f} ", end="")
+        print(f"(95 % interval {low:.3f} .. {high:.3f})   {verdict(args, pairs, seconds, way)}")
+    plain = losses["plain"]
+    gap = max(abs(value - plain) / abs(plain) for value in losses.values())
+    same = "the same" if gap <= SAME_LOSS else "NOT the same"
+    print(f"  losses after {args.warmup + args.turns * args.block} steps: {same} ", end="")
+    print(f"(largest relative gap {gap:.1e})\n", flush=True)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Of the median, by bootstrap: 95 % of the medians of resampled values lie in it."""
+    draws = np.random.default_rng(0).choice(values, (2000, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def verdict(
+    args: argparse.Namespace, pairs: Sequence[float], seconds: dict[str, list[float]], way: str
+) -> str:
+    """Against the target, where sizes are real and steps are long enough to judge."""
+    what = "loop alone" if way == "plain_chunk" else "loop and loss"
+    if args.quick or statistics.median(seconds[way]) < COMPARABLE:
+        return f"{what}; not judged: tiny sizes, or steps under {1e3 * COMPARABLE:.0f} ms"
+    met = statistics.median(pairs) <= TARGET
+    return f"{what}; target at most {TARGET}: {'met' if met else 'MISSED'}"
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="train.py plain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per step")
+    parser.add_argument("--stages", type=int, nargs="+", default=None, help="ZeRO stages (2 3)")
+    args = parse(parser, PRESETS, argv)
+    stages = args.stages or ([2] if args.quick else [2, 3])
+    header(args, args.workers)
+    with model_folder(args) as model:
+        for stage in stages:
+            found = fresh(args.workers, args.threads, work, args, model, stage, WAYS, args.turns)
+            peaks = {}
+            for way in WAYS if args.memory else ():
+                alone = fresh(args.workers, args.threads, work, args, model, stage, (way,), 1)
+                top = max(alone, key=lambda each: each["peak"])
+                peaks[way] = f"{top['peak'] / 2**20:.0f} (+{(top['peak'] - top['start']) >> 20})"
+            report(args, stage, found[0], peaks)
