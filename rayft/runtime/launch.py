@@ -174,6 +174,6 @@ def _of_rank(rank: int, error: Exception) -> Failure:
 def _why_died(text: str) -> str:
     """Ray's explanation always lists every possible cause; only this part is telling."""
     for line in text.splitlines():
-        if "low on memory" in line or ("node" in line and "dead" in line):
+        if "low on memory" in line or "its node has died" in line:
             return line.strip()
     return "the process ended without an error of its own"
