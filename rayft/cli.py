@@ -137,17 +137,27 @@ def export(
 
 def _summary(record: RunRecord, folder: str) -> list[str]:
     """The last lines of a training command."""
-    lines = [f"{record.name}: {record.status}, {record.steps} steps, {record.seconds:.0f} s"]
-    for metric, tuned in record.eval.items():
-        base = f"base {record.base[metric]:.4f}, " if metric in record.base else ""
-        lines.append(f"  {metric}: {base}tuned {tuned:.4f}")
+    trained = f"{record.params_trainable:,} of {record.params_total:,} parameters"
+    lines = [
+        f"{record.name}: {record.status}, {record.steps} steps, {record.seconds:.0f} s, {trained}"
+    ]
+    for name, tuned in record.eval.items():
+        task = name.removeprefix("eval_loss")
+        if name.startswith("eval_loss") and name in record.base:
+            before, after = (each[f"eval_ppl{task}"] for each in (record.base, record.eval))
+            ppl = f"perplexity {before:.1f} -> {after:.1f}"
+            label = f"held-out loss{task.replace('/', ', task ')}"
+            lines.append(f"  {label}: base {record.base[name]:.4f} -> tuned {tuned:.4f} ({ppl})")
     if record.best:
         lines.append(f"  best: {record.best.metric:.4f} at step {record.best.step}")
-    return [*lines, f"  results: {folder}", f"  next: rayft eval {folder}"]
+    lines += [f"  export: {folder}/export", f"  next: rayft eval {folder} --generate 64"]
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code. The only place where errors are caught."""
+    if not sys.stderr.isatty():  # before transformers is imported: no bars in a log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         result = app(args=arguments, prog_name="rayft", standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -120,9 +120,9 @@ def memory(loss: Callable[[], torch.Tensor], args, device: torch.device) -> tupl
 
 def report(args, times: dict[str, list[float]], memories: dict[str, tuple[int, int, int]]) -> None:
     print(
-        f"{args.device} {args.dtype} V={args.vocab} H={args.hidden} L={args.layers} rows={args.rows} "
-        f"T={args.length} train={args.train} tied={args.tied} threads={args.threads} "
-        f"repetitions={args.repetitions} chunk<={chunked.MAX_CHUNK}"
+        f"{args.device} {args.dtype} V={args.vocab} H={args.hidden} L={args.layers} "
+        f"rows={args.rows} T={args.length} train={args.train} tied={args.tied} "
+        f"threads={args.threads} repetitions={args.repetitions} chunk<={chunked.MAX_CHUNK}"
     )
     print(
         f"{'way':8} {'ms/step':>9} {'largest logits':>15} {'live logits':>12} {'device peak':>12}"
@@ -132,7 +132,8 @@ def report(args, times: dict[str, list[float]], memories: dict[str, tuple[int, i
         ms = statistics.median(seconds) * 1e3
         print(f"{way:8} {ms:9.1f} {largest:>15} {peak:>12} {total:>12}")
     ratios = [a / b for a, b in zip(times["chunked"], times["plain"], strict=True)]
-    shares = [a / b if b else 0.0 for a, b in zip(*reversed(memories.values()), strict=True)]
+    pairs = zip(memories["chunked"], memories["plain"], strict=True)
+    shares = [a / b if b else 0.0 for a, b in pairs]
     print(
         f"chunked / plain: time {statistics.median(ratios):.3f}, largest {shares[0]:.3f}, "
         f"live {shares[1]:.3f}, device peak {shares[2]:.3f}"

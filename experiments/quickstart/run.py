@@ -4,7 +4,7 @@
 2. nf4 QLoRA with LoRA+ on the same, ZeRO-2
 3. held-out loss and sample completions of base and tuned
 
-Every line it runs is printed first, so that each can be typed again. Results go to runs/quickstart-*.
+Every command is printed before it runs, so that it can be typed again. Results: runs/quickstart-*.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def build(run: Run, device: torch.device, strategy: Strategy) -> Built:
             gradient_checkpointing=run.train.gradient_checkpointing,
             quant_storage=strategy.quant_storage,
         )
-    chosen = tuple(methods.build(spec) for spec in run.methods)
-    groups = tuple(methods.apply_all(model, chosen, seed=run.seed))
+        chosen = tuple(methods.build(spec) for spec in run.methods)
+        groups = tuple(methods.apply_all(model, chosen, seed=run.seed))  # DoRA reads base weights
     objective = objectives.build(run.objective)
     policy = CausalPolicy(model, packing=run.data.packing)
     return Built(model, tokenizer, chosen, groups, objective, TrainStep(policy, objective))
@@ -116,12 +116,14 @@ def assemble(run: Run, corpus: Corpus, device: torch.device) -> Parts:
     )
 
 
-def held_out(run: Run, corpus: Corpus, built: Built, rank: int, world: int) -> tuple[Batch, ...]:
-    """This rank's evaluation batches; () without held-out data."""
+def held_out(
+    run: Run, corpus: Corpus, built: Built, rank: int, world: int, limit: int | None = None
+) -> tuple[Batch, ...]:
+    """This rank's evaluation batches; () without held-out data. `limit`: documents at most."""
     if corpus.eval is None:
         return ()
-    size = run.train.eval_batch or run.train.micro_batch
-    return tuple(EvalSet(corpus.eval, size, built.tokenizer.pad_token_id).batches(rank, world))
+    size, pad = run.train.eval_batch or run.train.micro_batch, built.tokenizer.pad_token_id
+    return tuple(EvalSet(corpus.eval, size, pad, limit).batches(rank, world))
 
 
 def model_names(by_step_name: Mapping[str, T]) -> dict[str, T]:

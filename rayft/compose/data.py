@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +16,7 @@ from rayft.config.run import ModelSpec, Run
 from rayft.core.errors import DataError
 from rayft.core.storage import Storage
 from rayft.data import Recipe, Shard, TokenTable, prepare, task_names, tokenise_shard
-from rayft.data.table import load
+from rayft.data.table import META, load
 from rayft.models.load import load_tokenizer
 
 Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
@@ -76,6 +78,39 @@ def open_corpus(run: Run, uri: str, hashes: str) -> Corpus:
             )
         tables.append(table)
     return Corpus(tables[0], tables[1] if len(tables) > 1 else None, tasks)
+
+
+def what_changed(uri: str, before: str, now: str) -> list[str]:
+    """`what: before -> now` for two `Prepared.hash`, from what the cache `uri` remembers of them.
+
+    Files are named by their content, so a file that was only moved is no change.
+    """
+    lines: list[str] = []
+    pairs = zip_longest(before.split(SEPARATOR), now.split(SEPARATOR), fillvalue="")
+    for split, (old, new) in zip(("train", "eval"), pairs, strict=False):
+        if old != new:
+            first, second = (_facts(Storage.open(uri), digest) for digest in (old, new))
+            keys = sorted(first.keys() | second.keys())
+            differ = [key for key in keys if first.get(key) != second.get(key)]
+            lines += [
+                f"  data.{split}, {key}: {first.get(key, '(absent)')} -> "
+                f"{second.get(key, '(absent)')}"
+                for key in differ
+            ]
+    return lines
+
+
+def _facts(cache: Storage, digest: str) -> dict[str, str]:
+    """The fingerprint behind one digest, flat; {} when the cache has lost it."""
+    if not digest or not cache.exists(f"{digest}/{META}"):
+        return {}
+    prints = json.loads(cache.read_bytes(f"{digest}/{META}"))["fingerprint"]
+    facts = {f"recipe {key}": str(value) for key, value in prints["recipe"].items()}
+    facts["tokenizer"] = prints["tokenizer"][:12]
+    for source in prints["sources"]:
+        facts |= {name: value[:12] for name, value in source["content"].items()}
+        facts[f"samples of {', '.join(source['content'])}"] = str(source["samples"])
+    return facts
 
 
 def _prepared(

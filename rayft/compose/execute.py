@@ -6,6 +6,7 @@ Nothing here knows Ray: with one rank and no process group the same code trains 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rayft.compose.session import Session, peak_memory
 from rayft.config.run import Run
 from rayft.core.record import Best, RunRecord
 from rayft.core.storage import Storage
+from rayft.models.quiet import hush
 
 
 def execute(job: Job, rank: int, world: int, device: torch.device, signals: Signals) -> Outcome:
@@ -29,6 +31,7 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
         RayftError: with the exit code of what went wrong; the last commit stays intact.
     """
     began = time.monotonic()
+    hush()
     run = Run.model_validate(job.config)
     storage = Storage.open(run.storage).child(run.name)
     parts = assemble(run, open_corpus(run, job.data_dir, job.data_hash), device)
@@ -50,7 +53,7 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
     session.finish()
     if status == "done" and rank == 0:
         signals.progress({"kind": "export", "step": progress.step})
-        record = _record(job, parts, progress)
+        record = _record(storage, parts, progress)
         publish(parts.built, record, choose_commit(storage, record), storage.child(EXPORT))
     return _outcome(status, session)
 
@@ -66,15 +69,11 @@ def _started(parts: Parts, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _record(job: Job, parts: Parts, progress: Progress) -> RunRecord:
-    """The facts a model card tells, as far as they are known before the driver's last word."""
-    return RunRecord(
-        name=parts.run.name,
+def _record(storage: Storage, parts: Parts, progress: Progress) -> RunRecord:
+    """What the model card tells: the driver's record, with this attempt's results."""
+    return replace(
+        RunRecord.from_json(storage.read_text("run.json")),
         status="done",
-        config=job.config,
-        config_hash=job.digest,
-        data_hash=job.data_hash,
-        seed=parts.run.seed,
         steps=progress.step,
         steps_total=parts.steps,
         tokens=progress.tokens,

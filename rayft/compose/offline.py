@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,13 +17,17 @@ from rayft.compose.assemble import Built, build, held_out, strategy_of
 from rayft.compose.commit import Commit
 from rayft.compose.data import open_corpus, prepare_data
 from rayft.compose.evaluate import evaluate
-from rayft.compose.publish import choose_commit
+from rayft.compose.export import Gap, check_vllm, merge_adapter, write_model_card
+from rayft.compose.publish import EXPORT, choose_commit, copy_out, make_export
 from rayft.config.run import Run
 from rayft.config.strategies import DdpSpec
 from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError, DataError
 from rayft.core.record import RunRecord
 from rayft.core.storage import Storage
+from rayft.models.quiet import hush
+
+MERGED = "export-merged"  # beside `export`
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ def open_run(where: str) -> Opened:
     """Read the record and build the run's model with its base weights, on one device."""
     storage = Storage.open(where)
     record = read_record(storage)
+    hush()
     run = Run.model_validate(record.config).model_copy(update={"strategy": DdpSpec()})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Opened(storage, record, run, build(run, device, strategy_of(run, device)), device)
@@ -103,10 +110,9 @@ def evaluate_run(where: str, *, generate: int = 0, limit: int | None = None) -> 
         raise DataError("this run has no held-out data", fix="add data.eval to its config")
     prepared = prepare_data(opened.run, lambda function, items: [function(item) for item in items])
     corpus = open_corpus(opened.run, prepared.uri, prepared.hash)
-    held = corpus.eval if limit is None else corpus.eval.head(limit)
-    batches = held_out(opened.run, replace(corpus, eval=held), opened.built, 0, 1)
+    batches = held_out(opened.run, corpus, opened.built, 0, 1, limit)
     engine = Still(opened.built, opened.device)
-    questions = ask(held, opened.built.tokenizer, generate)
+    questions = ask(corpus.eval, opened.built.tokenizer, generate)
 
     def measure() -> Measured:
         found = evaluate(engine, opened.built.objective, batches, corpus.tasks)
@@ -134,8 +140,49 @@ def export_run(
         check: "vllm": also say whether vLLM would load the result.
         to: where to write; default `<run>/export`, merged `<run>/export-merged`.
         step: the checkpoint; default the best one.
+
+    Raises:
+        ConfigError: nothing to merge. StorageError: no such checkpoint, or storage fails.
     """
     opened = open_run(where)
+    if merge and not all(method.keeps_base for method in opened.built.methods):
+        raise ConfigError("nothing to merge: this run trained the weights themselves")
     commit = choose_commit(opened.storage, opened.record, step)
-    load_weights(opened.built, commit)
-    raise NotImplementedError
+    target = Storage.open(to) if to else opened.storage.child(MERGED if merge else EXPORT)
+    with tempfile.TemporaryDirectory(prefix="rayft-export-") as temporary:
+        folder = Path(temporary) / "export"
+        make_export(opened.built, opened.record, commit, folder)
+        lines = [f"{target.uri}: checkpoint of step {commit.step}"]
+        if check:
+            lines += _verdict(check_vllm(folder))
+        if merge:
+            adapter, folder = folder, Path(temporary) / "merged"
+            lines += _merged(opened, adapter, folder)
+        copy_out(folder, target)
+    return "\n".join(lines)
+
+
+def _merged(opened: Opened, adapter: Path, folder: Path) -> list[str]:
+    """Merge into `folder`; what the merge changed, in words."""
+    tokenizer = opened.built.tokenizer
+    found = merge_adapter(
+        opened.run.model, adapter, folder, tokenizer, device=opened.device, seed=opened.run.seed
+    )
+    write_model_card(folder, opened.record, tokenizer, merged=found)
+    return [
+        f"merged into the unquantised base, stored as {found.dtype}; reopened, same logits",
+        f"  logit gap, adapter beside base -> merged: {_gap(found.rounding)}",
+        f"  logit gap, as trained -> merged:          {_gap(found.trained)}",
+    ]
+
+
+def _gap(gap: Gap) -> str:
+    return f"max {gap.max_abs:.3g}, mean KL {gap.kl:.3g} nats"
+
+
+def _verdict(reasons: list[str]) -> list[str]:
+    if not reasons:
+        return ["vLLM would load this adapter"]
+    return ["vLLM, as it starts by default, would not load this adapter:"] + [
+        f"  {reason}" for reason in reasons
+    ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from rayft.compose.assemble import Built, model_names
 from rayft.compose.commit import Commit, find_commit, load_commit, names
+from rayft.compose.export import write_model_card
 from rayft.compose.manifest import BadCommit, order
 from rayft.core.errors import StorageError
 from rayft.core.record import RunRecord
@@ -39,19 +41,25 @@ def choose_commit(storage: Storage, record: RunRecord, step: int | None = None) 
     return found
 
 
-def publish(built: Built, record: RunRecord, commit: Commit, target: Storage) -> None:
-    """Write the export of `commit` below `target`.
-
-    The files are made and read back in a local folder first, so that an old export goes only when
-    the new one is ready.
-    """
+def make_export(built: Built, record: RunRecord, commit: Commit, folder: Path) -> None:
+    """Hub layout of `commit` in the local `folder`; methods read back what they write."""
     state = model_names(dict(commit.consolidated()))
+    for method in built.methods:
+        method.export(built.model, state, folder)
+    write_model_card(folder, replace(record, steps=commit.step), built.tokenizer)
+
+
+def copy_out(folder: Path, target: Storage) -> None:
+    """Replace what lies at `target` with the files of `folder`."""
+    target.delete()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            target.upload(path, str(path.relative_to(folder)))
+
+
+def publish(built: Built, record: RunRecord, commit: Commit, target: Storage) -> None:
+    """Export `commit` to `target`. Made and checked in a local folder first, so that an old export
+    goes only when the new one is ready."""
     with tempfile.TemporaryDirectory(prefix="rayft-export-") as temporary:
-        folder = Path(temporary)
-        for method in built.methods:
-            method.export(built.model, state, folder)
-        built.tokenizer.save_pretrained(folder)
-        target.delete()
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                target.upload(path, str(path.relative_to(folder)))
+        make_export(built, record, commit, Path(temporary))
+        copy_out(Path(temporary), target)

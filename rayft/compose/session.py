@@ -20,7 +20,8 @@ from rayft.compose.job import Job, Signals
 from rayft.compose.loop import Progress, StepResult
 from rayft.compose.manifest import folder_name
 from rayft.core.errors import StorageError
-from rayft.core.storage import Appender, Storage
+from rayft.core.jsonl import Appender
+from rayft.core.storage import Storage
 
 T = TypeVar("T")
 _LAST_SAVE_SECONDS = 15.0

@@ -109,7 +109,7 @@ class Staging:
     def chunks(self) -> Iterator[memoryview]:
         """The bytes of the file, in order, without copying."""
         yield memoryview(self.header)
-        data = memoryview(self._buffer.numpy())
+        data = self._buffer.numpy().data
         for start in range(0, len(data), CHUNK):
             yield data[start : start + CHUNK]
 

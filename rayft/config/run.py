@@ -180,8 +180,8 @@ class Run(Spec):
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is continued: all but where it runs and what is watched.
 
-        Checkpoints know no world size, so the number of workers, micro-batches, resources and the
-        place of the cache are free.
+        Checkpoints know no world size, so workers, micro-batches, resources, offload and the place
+        of the cache are free.
         """
         data = self.resolved()
         for free in ("scale", "storage", "trackers"):
@@ -194,6 +194,8 @@ class Run(Spec):
             ("train", "log_every"),
         ):
             data[section].pop(key)
+        for key in ("offload", "nvme_path"):  # where state lies changes no number
+            data["strategy"].pop(key, None)
         return data
 
     def digest(self) -> str:

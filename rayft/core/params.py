@@ -13,7 +13,7 @@ def is_partitioned(param: nn.Parameter) -> bool:
     DeepSpeed marks such a parameter by attributes on the object itself; looking for them is the one
     way to know that needs no deepspeed import.
     """
-    return hasattr(param, "ds_shape")
+    return "ds_shape" in vars(param)
 
 
 def full_shape(param: nn.Parameter) -> torch.Size:

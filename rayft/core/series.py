@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rayft.core.storage import Storage, read_jsonl
+from rayft.core.jsonl import read_jsonl
+from rayft.core.storage import Storage
 
 METRICS = "metrics.jsonl"
 Key = tuple[int, str, str]

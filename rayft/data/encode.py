@@ -24,15 +24,14 @@ Mask = NDArray[np.bool_]  # (N,) True: this token is trained
 
 def encode(tokenizer: Any, documents: Sequence[Rendered]) -> list[tuple[Ids, Mask]]:
     """Token ids and loss mask of each document, in order. The first token is never a target."""
-    out: list[tuple[Ids, Mask] | None] = [None] * len(documents)
+    pairs: dict[int, tuple[Ids, Mask]] = {}
     for special in (False, True):
         chosen = [index for index, item in enumerate(documents) if item.special is special]
         if not chosen:
             continue
         batch = [documents[index] for index in chosen]
-        for index, pair in zip(chosen, _encode(tokenizer, batch, special), strict=True):
-            out[index] = pair
-    return [_closed(tokenizer, *pair, item) for pair, item in zip(out, documents, strict=True)]
+        pairs.update(zip(chosen, _encode(tokenizer, batch, special), strict=True))
+    return [_closed(tokenizer, *pairs[index], item) for index, item in enumerate(documents)]
 
 
 def _encode(tokenizer: Any, batch: list[Rendered], special: bool) -> list[tuple[Ids, Mask]]:

@@ -92,7 +92,7 @@ def find(path: str, base: Path | None = None) -> list[File]:
     if _is_uri(path):
         return _find_remote(path)
     local = Path(path).expanduser()
-    local = local if local.is_absolute() or base is None else base / local
+    local = ((base or Path()) / local).absolute()
     if local.is_file():
         return [_local(local)]
     if local.is_dir():
@@ -191,9 +191,8 @@ def _find_remote(uri: str) -> list[File]:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise ConfigError(f"cannot read {scheme}:// ({uri})", fix=f"known: {known}, paths, hub ids")
     head, mark, query = uri.partition("?")
-    fixed = head
-    if re.search(r"[*\[]", head):
-        fixed = head[: re.search(r"[*\[]", head).start()].rsplit("/", 1)[0]
+    magic = re.search(r"[*\[]", head)
+    fixed = head[: magic.start()].rsplit("/", 1)[0] if magic else head
     try:
         system, path = fs.FileSystem.from_uri(fixed + mark + query)
         infos = _infos(system, path)

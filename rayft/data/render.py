@@ -4,7 +4,8 @@ Masks by prefix rendering: turn k of a conversation is trained on the characters
 render(turns[:k] + generation prompt) and render(turns[:k + 1]), so the end-of-turn token is always
 in and the header of the turn never is; no tag in the template is needed. Where a template renders
 earlier turns in another way once later ones follow (Qwen3 drops thoughts), the end is found instead
-as content followed by the same tail; where that fails too, the row is refused. A last turn that a
+as content followed by the same tail, or by a special token; where that fails too, or what is said
+is not in the span, the row is refused. A last turn that a
 template leaves without any end gets the tokenizer's end-of-sequence token.
 
 Prompt and completion as plain strings become a user and an assistant turn when there is a chat
@@ -27,6 +28,7 @@ from rayft.core.errors import ConfigError
 from rayft.data.shapes import Chat, Example, Pair, Preference, Text
 from rayft.data.turns import BadRow, Message
 
+_LAST_WORDS = 20  # characters of a turn that must be found in what is trained
 Span = tuple[int, int]  # characters [start, stop)
 
 # what a template can raise when it meets a row it was not written for
@@ -65,6 +67,7 @@ class Renderer:
         self.tokenizer, self.train_all, self.chat_template = tokenizer, train_all, chat_template
         self.text_only_fails = text_only_fails
         self.has_template = chat_template is not None or tokenizer.chat_template is not None
+        self.specials = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         if tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer has no end-of-sequence token (eos_token)")
 
@@ -140,7 +143,10 @@ class Renderer:
 
     def _span(self, chat: Chat, whole: str, index: int) -> Span:
         start = self._start(chat, whole, index)
-        return start, self._end(chat, whole, index, start)
+        stop = self._end(chat, whole, index, start)
+        if chat.messages[index]["content"].strip()[-_LAST_WORDS:] not in whole[start:stop]:
+            raise BadRow(f"the chat template leaves out what turn {index} says")
+        return start, stop
 
     def _start(self, chat: Chat, whole: str, index: int) -> int:
         """Where turn `index` begins to speak: after its header if it is the assistant's."""
@@ -165,14 +171,18 @@ class Renderer:
         if index == len(chat.messages) - 1:
             return len(whole)
         until = self._apply(chat, index + 1, generation=False)
-        if whole.startswith(until):
-            return len(until)
+        # some templates close what they take for the whole conversation with eos (Phi-3)
+        for prefix in (until, until.removesuffix(self.tokenizer.eos_token)):
+            if whole.startswith(prefix):
+                return len(prefix)
         said = chat.messages[index]["content"].strip()
+        spoken = whole.find(said, start) + len(said) if said and said in until else -1
         tail = until[until.rfind(said) + len(said) :]
-        place = whole.find(said + tail, start) if said and said in until and tail else -1
-        if place < 0:
-            raise BadRow(f"the chat template renders turn {index} in another way inside the whole")
-        return place + len(said) + len(tail)
+        # ... or end their last turn with another token than those before it (gpt-oss)
+        for end in (tail, *self.specials):
+            if end and spoken >= start + len(said) and whole.startswith(end, spoken):
+                return spoken + len(end)
+        raise BadRow(f"the chat template renders turn {index} in another way inside the whole")
 
     def _apply(self, chat: Chat, count: int, *, generation: bool) -> str:
         try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,10 +181,11 @@ class BuiltinRows:
         return f"builtin:{self.name}"
 
     def digests(self) -> dict[str, str]:
-        """Hash of the rows themselves: they differ between Python versions."""
-        total = hashlib.sha256()
-        for raw in self.read(Block()):
-            total.update(json.dumps(raw.row, sort_keys=True).encode())
+        """Of what makes the rows: this Python's build and `builtin.py`. Hashing the rows would cost
+        seconds at every start."""
+        total = hashlib.sha256(sys.version.encode())
+        total.update(Path(builtin.__file__).read_bytes())
+        total.update(f"{self.name}/{self.split}".encode())
         return {f"builtin:{self.name}/{self.split}": total.hexdigest()}
 
 

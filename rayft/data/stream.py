@@ -222,18 +222,23 @@ class EvalSet:
         table: the documents.
         batch: rows per forward pass at most.
         pad_id: id of padding tokens.
+        limit: take only so many documents, spread evenly over the table.
     """
 
     table: TokenTable
     batch: int
     pad_id: int
+    limit: int | None = None
 
     def batches(self, rank: int, world: int) -> list[Batch]:
         """This rank's batches, each of one task; the same number on every rank, filled up with
         batches that count nothing."""
+        chosen = np.arange(self.table.documents)
+        if self.limit is not None and self.limit < len(chosen):
+            chosen = np.linspace(0, len(chosen) - 1, self.limit).astype(np.int64)
         groups = []
-        for task in np.unique(self.table.task):
-            members = np.flatnonzero(self.table.task == task)
+        for task in np.unique(self.table.task[chosen]):
+            members = chosen[self.table.task[chosen] == task]
             members = members[np.argsort(-self.table.lengths[members], kind="stable")]
             groups += [members[i : i + self.batch] for i in range(0, len(members), self.batch)]
         mine = [

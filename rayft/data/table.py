@@ -1,9 +1,10 @@
 """TokenTable: all documents of a split, flat, and what was counted while they were made.
 
-On storage it is a folder: `tokens.arrow` (Arrow IPC file, one record batch: source int32, row
+On storage it is a folder: `tokens-<id>.arrow` (Arrow IPC file, one record batch: source int32, row
 int64, ids large_list<int32>, mask large_list<uint8>), `bad_rows.jsonl`, and `meta.json`, which is
-written last and makes the folder valid. Local files are memory-mapped, so all processes of a
-machine share one copy.
+written last, names the file and makes the folder valid. Local files are memory-mapped, so all
+processes of a machine share one copy; a file is never written again, so that two runs that make the
+same table at the same time cannot pull it from under each other.
 
 Legend: D documents, N tokens of all documents.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import IO, Any
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 
 from rayft.core.storage import Storage
 
-TOKENS, META, BAD_ROWS = "tokens.arrow", "meta.json", "bad_rows.jsonl"
+META, BAD_ROWS = "meta.json", "bad_rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -210,17 +212,20 @@ def save(table: TokenTable, meta: Mapping[str, Any], storage: Storage) -> None:
         }
     )
 
+    name = f"tokens-{uuid.uuid4().hex[:8]}.arrow"
+
     def write() -> None:
         with (
-            storage.open_output(TOKENS) as file,
+            storage.open_output(name) as file,
             pa.ipc.new_file(_Sink(file), batch.schema) as writer,
         ):
             writer.write_batch(batch)
 
-    storage.attempt("write", TOKENS, write)
+    storage.attempt("write", name, write)
     storage.write_bytes(BAD_ROWS, table.bad_rows_jsonl())
     counts = [asdict(count) for count in table.counts]
-    facts = {**meta, "counts": counts, "documents": table.documents, "tokens": len(table.ids)}
+    size = {"documents": table.documents, "tokens": len(table.ids)}
+    facts = {**meta, "file": name, **size, "counts": counts}
     storage.write_text(META, json.dumps(facts, indent=1) + "\n")
 
 
@@ -234,8 +239,8 @@ def load(
     if not storage.exists(META):
         return None
     meta = json.loads(storage.read_bytes(META))
-    batch = _batch(storage)
-    if batch is None or batch.num_rows != meta["documents"]:
+    batch = _batch(storage, meta["file"])
+    if batch is None or batch.num_rows != meta["documents"] or not storage.exists(BAD_ROWS):
         return None
     ids, mask, source = batch.column("ids"), batch.column("mask"), batch.column("source").to_numpy()
     lines = storage.read_bytes(BAD_ROWS).splitlines()
@@ -257,12 +262,13 @@ def _counts(raw: Mapping[str, int]) -> Counts:
     return Counts(**{item.name: raw[item.name] for item in fields(Counts)})
 
 
-def _batch(storage: Storage) -> pa.RecordBatch | None:
-    """The one record batch: mapped where the file is local, read where it is not."""
-    local = storage.local_path(TOKENS)
+def _batch(storage: Storage, name: str) -> pa.RecordBatch | None:
+    """The one record batch: mapped where the file is local, read where it is not; None where it is
+    missing or torn."""
+    local = storage.local_path(name)
     try:
         if local is not None:
             return pa.ipc.open_file(pa.memory_map(str(local))).get_batch(0)
-        return pa.ipc.open_file(pa.py_buffer(storage.read_bytes(TOKENS))).get_batch(0)
+        return pa.ipc.open_file(pa.py_buffer(storage.read_bytes(name))).get_batch(0)
     except (FileNotFoundError, pa.ArrowInvalid):
         return None

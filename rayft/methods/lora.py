@@ -11,7 +11,7 @@
 Trained: r (d_in + d_out) per layer, DoRA d_out more. Layers, initialisation and file format are
 peft's. Adapters are float32 whatever the base is. Deviation: DoRA's magnitude learns at the rate of
 A (peft's LoRA+ helper gives every one-dimensional parameter the rate of B).
-Left out: adapters on embeddings and on tied heads, biases, per-layer ranks.
+Left out: adapters on embeddings and on tied heads, biases, per-layer ranks; DoRA on int8.
 """
 
 from __future__ import annotations
@@ -54,9 +54,15 @@ class Lora:
 
         Raises:
             ConfigError: a target matches no linear layer, matches something else, or is a head
-                whose weight is also the embedding.
+                whose weight is also the embedding; DoRA on int8.
         """
         check_targets(model, self.spec.targets)
+        if self.spec.dora and _is_int8(model):
+            raise ConfigError(
+                "DoRA does not work on an int8 base",
+                cause="peft's DoRA loses the scales that bitsandbytes keeps beside int8 weights",
+                fix="set model.quant=nf4, or methods.0.dora=false",
+            )
         targets = self.spec.targets
         config = LoraConfig(
             r=self.spec.rank,
@@ -131,8 +137,9 @@ def check_targets(model: PreTrainedModel, targets: str | tuple[str, ...]) -> Non
         hits = {name for name in modules if _matches(name, target, regex=isinstance(targets, str))}
         others = sorted(hits - linear)
         if others:
+            kind = type(modules[others[0]]).__name__
             raise ConfigError(
-                f"lora target {target!r} matches {others[0]}, a {type(modules[others[0]]).__name__}",
+                f"lora target {target!r} matches {others[0]}, a {kind}",
                 fix=f"target linear layers: {_endings(linear)}",
             )
         if not hits:
@@ -187,6 +194,11 @@ def _inject(model: PreTrainedModel, config: LoraConfig) -> None:
         # As PeftModel does (autocast_adapter_dtype): half precision would lose small updates.
         if ".lora_" in name and param.dtype in (torch.float16, torch.bfloat16):
             param.data = param.data.float()
+
+
+def _is_int8(model: PreTrainedModel) -> bool:
+    config = model.config.to_dict().get("quantization_config")
+    return config is not None and bool(config["load_in_8bit"])
 
 
 def _matches(name: str, target: str, *, regex: bool) -> bool:

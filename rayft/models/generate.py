@@ -18,8 +18,7 @@ def generate(
     """One greedy completion per prompt, without the prompt and without special tokens.
 
     Prompts are taken as they are (a chat template has written its special tokens already) and
-    padded
-    on the left in one batch. The key-value cache is on here and nowhere else.
+    padded on the left in one batch. The key-value cache is on here and nowhere else.
     """
     if not prompts:
         return []

@@ -41,7 +41,9 @@ class ModelFacts:
 def resolve(path: str) -> str:
     """`builtin:NAME` as its folder in the package; anything else as it is."""
     if not path.startswith("builtin:"):
-        return path
+        if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
+            raise ConfigError(f"no such folder: {path}", fix="check model.path from this machine")
+        return str(Path(path).expanduser()) if path.startswith("~") else path
     name = path.removeprefix("builtin:")
     if name not in BUILTIN:
         known = ", ".join(f"builtin:{each}" for each in BUILTIN)

@@ -112,8 +112,7 @@ def diagnosis(failure: Failure, verdict: GiveUp, kept: str, again: str) -> Rayft
     """The error that ends the run: what, which rank and step, why, where the traceback lies."""
     if failure.error is not None:
         own = failure.error
-        where = ", ".join(part for part in (failure.where, own.where) if part)
-        return type(own)(own.what, where=where, cause=own.cause, fix=own.fix or again)
+        return type(own)(own.what, where=failure.where, cause=own.cause, fix=own.fix or again)
     message = first_line(failure.message)
     return RayftError(
         f"training failed: {failure.kind}{': ' * bool(message)}{message}\n"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from typing import TextIO
 
 import ray
 
 from rayft.core.errors import ConfigError, RayftError
 
 NAMESPACE = "rayft"
-OBJECT_STORE = 256 * 2**20  # bytes: rayft moves data through storage, never through Ray's objects
+OBJECT_STORE = 2**30  # bytes at most, for tokenised shards on their way to the cache
 PASSED_ON = ("NCCL_", "GLOO_", "HF_", "RAYFT_", "TORCH_NCCL_", "FI_", "UCX_")  # driver -> workers
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # no warning about CPU workers and CUDA devices
@@ -47,9 +51,26 @@ def connected() -> Iterator[None]:
     }
     _start(options)
     try:
-        yield
+        with nullcontext() if loud else redirect_stdout(_WithoutRaylet(sys.stdout)):
+            yield
     finally:
         ray.shutdown()
+
+
+class _WithoutRaylet(io.TextIOBase):
+    """Standard output without what Ray's listener prints when a worker dies, at any log level:
+    a paragraph of guesses. rayft says what died, and keeps Ray's text in the traceback file."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def write(self, text: str) -> int:
+        if threading.current_thread().name == "ray_listen_error_messages":
+            return len(text)
+        return self._out.write(text)
+
+    def flush(self) -> None:
+        self._out.flush()
 
 
 def _start(options: dict) -> None:
@@ -58,14 +79,14 @@ def _start(options: dict) -> None:
         raise ConfigError(
             f"RAY_ADDRESS={address} is not an address that training can join",
             cause="http:// is the job server, ray:// is Ray Client; drivers run in the cluster",
-            fix="use `rayft submit train CONFIG`, or unset RAY_ADDRESS",
+            fix="`ray job submit -- rayft train CONFIG`, or unset RAY_ADDRESS",
         )
     if not address:
         for name, value in _LOCAL.items():
             os.environ.setdefault(name, value)
         options |= {
             "address": "local",
-            "object_store_memory": OBJECT_STORE,
+            "object_store_memory": min(OBJECT_STORE, _memory() // 10),
             "include_dashboard": os.environ.get("RAYFT_DASHBOARD", "1") != "0",
         }
     try:
@@ -76,6 +97,11 @@ def _start(options: dict) -> None:
             cause="no cluster there, or another token (RAY_AUTH_TOKEN)" if address else "",
             fix="ray status" if address else "look into /tmp/ray/session_latest/logs",
         ) from error
+
+
+def _memory() -> int:
+    """Physical memory of this machine, bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ _SECONDARY = re.compile(
 )
 _GPU_OOM = re.compile(r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")
 _HOST_OOM = re.compile(
-    r"\bOOM\b|out of memory|memory (pressure|monitor)|cannot allocate memory", re.IGNORECASE
+    r"\bOOM\b|out of memory|low on memory|memory (pressure|monitor)|cannot allocate memory",
+    re.IGNORECASE,
 )
 _VOLATILE = re.compile(r"0x[0-9a-fA-F]+|[0-9a-f]{12,}|\d+(\.\d+)*")
 
@@ -32,7 +33,7 @@ class Failure:
     trace: str
     when: float  # seconds since the epoch
     rank: int | None = None
-    step: int | None = None  # the step that was being computed, 1-based
+    step: int | None = None  # being computed, 1-based; of a dead process: as last heard of rank 0
     error: RayftError | None = None  # set when rayft itself raised it
     died: bool = False  # the process ended without a word (kill -9, OOM killer, node loss)
 
@@ -49,8 +50,10 @@ class Failure:
     @property
     def where(self) -> str:
         """`rank 1, step 15`, as far as known."""
+        own = self.error.where if self.error else ""
         parts = [("rank", self.rank), ("step", self.step)]
-        return ", ".join(f"{name} {value}" for name, value in parts if value is not None)
+        known = [f"{n} {v}" for n, v in parts if v is not None and f"{n} " not in own]
+        return ", ".join([*known, own] if own else known)
 
 
 class WorkerFailed(Exception):
@@ -85,7 +88,7 @@ def first(failures: Sequence[Failure]) -> Failure:
 
     def order(failure: Failure) -> tuple[int, float]:
         if failure.error is not None:
-            return 0, failure.when
+            return 0, failure.rank or 0  # all ranks refuse together: the lowest speaks
         if failure.died or not _SECONDARY.search(failure.message):
             return 1, failure.when
         return 2, failure.when

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from rayft.compose.job import Outcome, Prepared
 from rayft.config.run import Run
 from rayft.runtime import launch, preflight
@@ -21,7 +23,10 @@ def run_fleet(
     Raises:
         RayftError: refused, failed for good, or interrupted.
     """
+    address = os.environ.get("RAY_ADDRESS")
+    book.note(f"joining Ray at {address}" if address else "starting Ray on this machine")
     with connected():
+        interrupt.arm()  # ray.init installs a SIGTERM handler that ends the process
         interrupt.check()
         living, limit = nodes(), ceiling()
         gpus = preflight.gpus_per_worker(run, living)
@@ -32,10 +37,12 @@ def run_fleet(
         book.begin(prepared, hardware())
 
         def once(number: int) -> Outcome:
+            workers = preflight.workers_now(run.scale, nodes(), gpus)
+            book.note(f"starting {workers} workers" + f", attempt {number + 1}" * bool(number))
             return launch.launch(
                 book.job(prepared),
                 run.scale,
-                workers=preflight.workers_now(run.scale, nodes(), gpus),
+                workers=workers,
                 gpus=gpus,
                 engine=engine,
                 patient=limit is not None,

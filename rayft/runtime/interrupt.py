@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 from rayft.core.errors import InterruptedRun
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class Interrupt:
     """Counts signals. `asked` and `forced` are read by whoever can act on them."""
@@ -28,6 +30,13 @@ class Interrupt:
     def forced(self) -> bool:
         """Stop now."""
         return self.count >= 2
+
+    def arm(self) -> None:
+        """Take the signals, also after a library took them. Python allows it in the main thread
+        only; elsewhere (a notebook's worker thread) signals keep their meaning."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self.notice)
 
     def sleep(self, seconds: float) -> None:
         """Wait, unless a stop is asked for.
@@ -55,18 +64,13 @@ class Interrupt:
 
 @contextmanager
 def handling() -> Iterator[Interrupt]:
-    """Signals go to the Interrupt inside the block. Python allows handlers in the main thread only;
-    elsewhere (a notebook's worker thread) signals keep their meaning."""
+    """Signals go to the Interrupt inside the block."""
     interrupt = Interrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-    former = {
-        number: signal.signal(number, interrupt.notice)
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    former = {number: signal.getsignal(number) for number in SIGNALS}
+    interrupt.arm()
     try:
         yield interrupt
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in former.items():
+                signal.signal(number, handler)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -57,8 +58,11 @@ def launch(
         InterruptedRun: stopped at once by a second signal.
     """
     name = f"rayft-{job.config['name']}-{job.attempt}"
-    control = Control(name)
-    with tempfile.TemporaryDirectory(prefix="rayft-") as folder:
+    try:
+        control = Control(name)
+    except RayError as error:
+        raise WorkerFailed(caught(error)) from error
+    with tempfile.TemporaryDirectory(prefix="rayft-", ignore_cleanup_errors=True) as folder:
         trainer = TorchTrainer(
             work,
             train_loop_config={
@@ -85,6 +89,8 @@ def launch(
         fit = _Fit(trainer)
         try:
             return _follow(fit, control, interrupt, heard)
+        except RayError as error:  # Ray itself is in trouble: the control actor or the cluster
+            raise WorkerFailed(caught(error)) from error
         finally:
             control.kill()
             fit.join(LEAVE)
@@ -166,8 +172,8 @@ def _of_rank(rank: int, error: Exception) -> Failure:
 
 
 def _why_died(text: str) -> str:
-    """The telling line of Ray's long explanation."""
+    """Ray's explanation always lists every possible cause; only this part is telling."""
     for line in text.splitlines():
-        if any(word in line for word in ("exit", "died", "OOM", "memory", "SIGKILL")):
+        if "low on memory" in line or "its node has died" in line:
             return line.strip()
-    return text
+    return "the process ended without an error of its own"

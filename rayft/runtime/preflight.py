@@ -87,7 +87,7 @@ def _infeasible(
     return InfeasibleError(
         "\n".join([head, *there[:6], *(["  ..."] if len(there) > 6 else [])]),
         where=", ".join(keys),
-        fix="lower them, or join a larger cluster (RAY_ADDRESS, or rayft submit)",
+        fix="lower them, or join a larger cluster (RAY_ADDRESS, or ray job submit)",
     )
 
 

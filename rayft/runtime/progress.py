@@ -165,7 +165,7 @@ def _start(event: Event) -> str:
 
 
 def _eval(event: Event) -> str:
-    found = {k: v for k, v in event.items() if k.startswith("eval_") and isinstance(v, float)}
+    found = {k: v for k, v in event.items() if k.startswith(("eval_loss", "eval_ppl"))}
     return "eval  " + "  ".join(f"{name} {value:.4f}" for name, value in found.items())
 
 

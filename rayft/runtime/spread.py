@@ -30,6 +30,8 @@ def over_ray(interrupt: Interrupt) -> Mapper:
     """
 
     def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        if len(items) == 1:  # a task would only add the start of a process
+            return [function(items[0])]
         environment = {"env_vars": passed_on()} if passed_on() else None
         task = _apply.options(runtime_env=environment) if environment else _apply
         asked = [task.remote(function, item) for item in items]

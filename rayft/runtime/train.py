@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rayft.compose.job import Outcome
+from rayft.config.rules import refuse
 from rayft.config.run import Run
 from rayft.core.errors import InterruptedRun
 from rayft.core.record import RunRecord
@@ -32,6 +33,7 @@ def train(
         InterruptedRun: stopped by a signal, saved; exit code 75.
         RayftError: failed for good.
     """
+    refuse(run)
     trackers.installed(run.trackers)
     home = Storage.open(run.storage).child(run.name)
     book = Book(home, run, view())

@@ -128,7 +128,7 @@ def agree(job: Job, rank: int, world: int) -> None:
             "\n".join(["the workers do not agree:", *(f"  {line}" for line in sorted(wrong))]),
             where=f"rank {rank}, before step 1",
             cause="nodes with different installations",
-            fix="install the same versions on every node, or submit with `rayft submit`",
+            fix="install the same versions on every node",
         )
 
 

@@ -2,7 +2,8 @@
 
 Rajbhandari et al. 2019 (arXiv 1910.02054); offload: Ren et al. 2021 (arXiv 2101.06840). With P
 trained parameters on W ranks in bf16, a rank holds about 2P + 2P + 12P/W bytes at stage 1,
-2P + 14P/W at stage 2, 16P/W at stage 3 (weights, gradients, fp32 master and two moments).
+2P + 14P/W at stage 2, 16P/W at stage 3 (weights, gradients, fp32 master and two moments); here
+gradients are accumulated in fp32, which adds 2 bytes per gradient held.
 Precision bf16: bf16 weights with an fp32 master (stage 0: fp32 weights under autocast, as ddp).
 The optimizer is torch's AdamW in the run's named groups; DeepSpeed cuts it and calls it. It
 averages gradients over ranks where the loop wants sums, hence the factor `world` on every loss.
@@ -11,7 +12,9 @@ Stage 3 recipes:
 - A weight used outside its own module's forward (a head applied in chunks as `lm_head.weight`)
   needs nothing special inside the step module's forward: DeepSpeed sees the access, gathers the
   weight and registers it with the module whose forward is running, tied or not. It must be read
-  as an attribute, in forward, on every call; a tensor kept from an earlier call is released.
+  as an attribute, in forward, on every call; a tensor kept from an earlier call is released. An
+  autograd.Function that forms its gradients in the forward pass works too: the gradient that
+  comes back to it is the loop's scale times `world`, not the scale itself.
 - Every rank must run the same number of forward and backward passes, in evaluation too: each one
   gathers weights from all ranks.
 - A quantised base is loaded whole on each rank first and cut in `prepare` (transformers cannot
@@ -22,11 +25,13 @@ Left out: fp16 with loss scaling, ZeRO++, MiCS, pipeline and tensor parallelism.
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -99,7 +104,15 @@ def _environment(device: torch.device) -> None:
     os.environ["RANK"] = str(dist.get_rank())
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())
     os.environ["LOCAL_RANK"] = str(device.index or 0)
+    import deepspeed  # reads the accelerator when it is imported
+
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed still calls these by their old names; the user can do nothing about it.
+    renamed = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
+    if device.type == "cpu":
+        # An inference-only all-reduce that DeepSpeed otherwise compiles (a minute) at start-up.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class ZeroStrategy:
@@ -151,6 +164,15 @@ class ZeroStrategy:
         return ZeroEngine(step, groups, self._spec, self._optim, self._device, self.config)
 
 
+@contextmanager
+def _unprinted() -> Iterator[None]:
+    """What DeepSpeed prints while it starts (memory tables, notices) goes to the debug log."""
+    said = io.StringIO()
+    with redirect_stdout(said):
+        yield
+    logging.getLogger(__name__).debug("DeepSpeed said:\n%s", said.getvalue())
+
+
 def _numel(param: nn.Parameter) -> int:
     from deepspeed.runtime.zero.partition_parameters import is_zero_param
 
@@ -188,12 +210,13 @@ class ZeroEngine:
         config = copy.deepcopy(config)
         bucket = min(BUCKET, sum(_numel(param) for param in params))
         config["zero_optimization"].setdefault("reduce_bucket_size", bucket)
-        self._engine, *_ = deepspeed.initialize(
-            model=step,
-            optimizer=build_optimizer(groups, optim, device),
-            config=config,
-            dist_init_required=False,
-        )
+        with _unprinted():
+            self._engine, *_ = deepspeed.initialize(
+                model=step,
+                optimizer=build_optimizer(groups, optim, device),
+                config=config,
+                dist_init_required=False,
+            )
         self._optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
         assert_groups(self._optimizer, groups, optim.lr)
         self._state = self._held(spec)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayft.core.errors import InfeasibleError
 from rayft.core.shards import PARAM, Shard, ShardReader, Slice
 from rayft.strategies import slices
 from rayft.strategies.optim import MOMENTS, adam_state
@@ -91,7 +92,8 @@ class Fragments:
 class Partitions:
     """Stage 3: a piece of every parameter.
 
-    Where states are swapped to NVMe, the tensors are copies, and exist after the first step only.
+    Where states are swapped to NVMe, the tensors are copies, exist after the first step only, and
+    cannot be read back (DeepSpeed creates swapped states inside the step).
     """
 
     def __init__(
@@ -135,6 +137,12 @@ class Partitions:
     def load(self, reader: ShardReader) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
+        if self._swapped:
+            raise InfeasibleError(
+                "a run with offload: nvme cannot continue from a checkpoint",
+                cause="DeepSpeed creates optimizer states on NVMe inside the first step",
+                fix="continue with strategy.offload=cpu",
+            )
         shapes = {name: tuple(param.ds_shape) for name, param in self._named.items()}
         slices.check_shapes(reader, shapes)
         self._zero.checkpoint_event_prologue()  # small parameters kept whole are cut again

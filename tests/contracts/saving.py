@@ -45,11 +45,10 @@ def writers(run: Storage, world: int, attempt: int = 1, **options) -> list[Check
 
 
 def save(ranks: list[CheckpointWriter], step: int, *, best: bool = False) -> None:
-    """All ranks save `step`; returns when it is committed."""
-    for rank, writer in enumerate(ranks):
+    """All ranks save `step`, rank 0 last; returns when it is committed."""
+    for rank, writer in reversed(list(enumerate(ranks))):
         writer.save(step, shard(step, rank, len(ranks)), {"rank": rank, "step": step}, best=best)
-    for writer in reversed(ranks):
-        writer.wait(30)
+        writer.wait(60)
 
 
 def assert_holds(commit: Commit, world: int = 3) -> None:

@@ -133,7 +133,7 @@ def test_object_store_round_trip_damage_and_retention(s3, monkeypatch):
     assert run.exists("checkpoints/step-3-1/BAD.json")
     assert_holds(find_commit(run))
     monkeypatch.setenv(failpoints.VARIABLE, "checkpoint.shard.data:enospc:1+")
-    for rank, writer in enumerate(ranks):
+    for rank, writer in reversed(list(enumerate(ranks))):
         writer.save(4, shard(4, rank, 2), {})
         with pytest.raises(StorageError):
             writer.wait(30)
@@ -160,8 +160,9 @@ def test_leftovers_go_when_nobody_can_write_them(run):
     for name in ("step-2-1", "step-9-1", "step-2-2", "step-9-2", "step-1-3"):
         run.write_text(f"checkpoints/{name}/rank-0.safetensors", "half")
     ranks = writers(run, 2, attempt=2, deadline=1.0)
-    for rank, writer in enumerate(ranks):
-        writer.save(3, shard(3, rank, 2), {})
+    ranks[1].save(3, shard(3, 1, 2), {})
+    ranks[1].wait(30)
+    ranks[0].save(3, shard(3, 0, 2), {})
     with pytest.raises(StorageError, match="newer attempt"):
         ranks[0].wait(30)  # attempt 3 is running: this one is fenced off
     run.delete("checkpoints/step-1-3")
@@ -178,6 +179,7 @@ def test_two_attempts_never_mix(run):
     old[1].wait(30)
     assert find_commit(run) is None
     new[1].save(5, shard(5, 1, 2), {"rank": 1, "step": 5})
+    new[1].wait(30)
     new[0].save(5, shard(5, 0, 2), {"rank": 0, "step": 5})
     new[0].wait(30)
     assert find_commit(run).name == "step-5-2"

@@ -173,7 +173,7 @@ def test_train_prints_what_came_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = RunRecord(
-        "a", "done", {}, "h", steps=80, seconds=61.4, eval={"eval_loss": 1.5},
+        "a", "done", {}, "h", steps=80, seconds=61.4, eval={"eval_loss": 1.5, "eval_tokens": 9.0},
         base={"eval_loss": 2.25}, best=Best(80, 1.5, "step-80-0"),
     )  # fmt: skip
     commands = []

@@ -87,4 +87,4 @@ def test_the_menu_and_the_room_hold_the_same_kinds(room: str, field: str) -> Non
     at = under(Run, field)
     menu = set((at.item or at).specs.values())
     found: dict[str, Any] = vars(importlib.import_module(f"rayft.{room}"))
-    assert set(found[room.upper()]) == menu
+    assert set(found["IMPLEMENTATIONS"]) == menu

@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 
 from rayft.core import failpoints
 from rayft.core.errors import StorageError
+from rayft.core.jsonl import Appender, read_jsonl
 from rayft.core.retry import Retry, is_transient
 from rayft.core.series import latest, read_series
-from rayft.core.storage import Appender, Storage, probe, read_jsonl
+from rayft.core.storage import Storage, probe
 from tests.contracts.s3 import s3_server
 
 QUICK = Retry(attempts=3, first=0.001, longest=0.002)
@@ -187,3 +190,15 @@ def test_probe_names_the_place_and_the_reason(tmp_path, s3):
 def test_senseless_uri_is_refused():
     with pytest.raises(StorageError, match="s4://x/y"):
         Storage.open("s4://x/y")
+
+
+def test_file_uri_and_plain_path_are_the_same_folder(tmp_path, monkeypatch):
+    Storage.open(f"file://{tmp_path}/a%20b").write_text("f", "1")
+    monkeypatch.chdir(tmp_path)
+    assert Storage.open("a b").read_text("f") == "1"
+
+
+def test_storage_imports_neither_torch_nor_pyarrow():
+    code = "import sys, rayft.core.series; print({'torch', 'pyarrow', 'ray'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -12,8 +12,10 @@ from rayft.config.strategies import StrategySpec
 from rayft.core.protocols import Group
 from rayft.core.shards import PARAM
 from rayft.strategies import STRATEGIES
-from tests.strategy_lab import OPTIM, SAVE, STEPS, results
+from tests.strategy_lab import printed, results
+from tests.strategy_toy import OPTIM, SAVE, STEPS
 
+pytestmark = pytest.mark.timeout(600)  # the first test of a session runs the laboratory
 NAMES = ["ddp", "zero0", "zero1", "zero2", "zero3"]
 
 
@@ -138,6 +140,14 @@ def test_zero3_creates_the_model_sharded() -> None:
         assert rank["whole"] == whole["whole"]
         assert rank["held"] == pytest.approx(whole["whole"] / 2, rel=0.01)
         assert rank["peak"] < 0.75 * 4 * whole["whole"]
+
+
+def test_deepspeed_is_quiet() -> None:
+    results("full-zero3")
+    lines = (printed("stdout") + printed("stdout", 1)).splitlines()
+    assert all("OVERFLOW! Skipping step." in line for line in lines)  # the poisoned updates
+    said = printed("stderr") + printed("stderr", 1)
+    assert "[INFO]" not in said and "_tensor` is deprecated" not in said
 
 
 def test_empty_group_is_an_internal_error() -> None:

@@ -12,19 +12,10 @@ import torch
 from transformers import get_scheduler
 
 from rayft.config.run import ModelSpec
-from tests.strategy_lab import (
-    OPTIM,
-    ROWS,
-    STEPS,
-    Step,
-    batches,
-    distance,
-    groups_of,
-    load_base,
-    results,
-    start_params,
-)
+from tests.strategy_lab import distance, results, start_params
+from tests.strategy_toy import OPTIM, ROWS, STEPS, Step, batches, groups_of, load_base
 
+pytestmark = pytest.mark.timeout(600)  # the first test of a session runs the laboratory
 EQUAL = 1e-5
 
 
@@ -93,7 +84,7 @@ def test_cpu_offload_equals_no_offload(stage: int) -> None:
     assert offloaded["losses"] == pytest.approx(plain["losses"][:4], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["zero3-tied", "zero3-tied-module"])
+@pytest.mark.parametrize("name", ["zero3-tied", "zero3-tied-module", "zero3-tied-fused"])
 def test_head_weight_used_outside_its_module_when_tied(name: str) -> None:
     solo = results("solo-tied", 1)[0]["params"]
     for rank in results(name):
@@ -105,6 +96,28 @@ def test_head_weight_used_outside_its_module_equals_the_module() -> None:
     chunked, module = results("full-zero3")[0], results("zero3-module")[0]
     assert chunked["losses"][:4] == pytest.approx(module["losses"], rel=1e-6)
     assert results("solo", 1)[0]["losses"][:4] == pytest.approx(module["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["zero3-fused", "zero2-fused", "ddp-fused", "zero3-recompute", "ddp-recompute"]
+)
+def test_gradients_formed_in_forward_and_recomputed_activations(name: str) -> None:
+    """A loss that forms its own gradients, and gradient checkpointing, change nothing."""
+    solo = results("solo-module", 1)[0]
+    for rank in results(name):
+        assert rank["losses"] == pytest.approx(solo["losses"], rel=1e-6)
+        assert distance(rank["params"], solo["params"]) <= EQUAL * update_size()
+
+
+def test_recomputed_activations_under_lora_and_zero3() -> None:
+    recomputed, plain = results("zero3-lora-recompute")[0], results("lora-zero3")[0]
+    assert recomputed["losses"] == pytest.approx(plain["losses"][:4], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero2", "zero3"])
+def test_nf4_base_in_bf16_follows_fp32(name: str) -> None:
+    for rank in results(f"nf4-bf16-{name}"):
+        assert rank["losses"] == pytest.approx(results("nf4-ddp")[0]["losses"][:3], rel=2**-7)
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero0", "zero1", "zero2", "zero3"])

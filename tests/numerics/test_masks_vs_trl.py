@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
@@ -16,13 +17,15 @@ from rayft.core.batch import IGNORE
 from rayft.data.encode import encode
 from rayft.data.render import Renderer
 from rayft.data.shapes import Layout
+from rayft.data.turns import BadRow
 
+SHIPPED = Path(trl.__file__).parent / "chat_templates"  # with generation tags: a second opinion
 TINY = Path(rayft.__file__).parent / "models" / "tiny"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the quick brown fox, naïve café 東京 1234 \n\n def f(x): return x  end".split(" ")
+WORDS = ["the", "quick", "fox,", "naïve", "café", "東京", "1234", "\n\n", "def f(x):", "", "end"]
 
 
 def said(rng: random.Random) -> str:
@@ -42,9 +45,7 @@ def chats(count: int, *, turns: int) -> list[list[dict[str, str]]]:
 def theirs(rows, tokenizer, tmp_path, **options):
     """(ids, labels) of TRL's SFTTrainer for each row."""
     tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=1, **tiny)
-    )
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=1, **tiny))
     args = SFTConfig(
         output_dir=str(tmp_path), report_to="none", max_length=None, use_cpu=True, bf16=False,
         **options,
@@ -81,6 +82,56 @@ def test_assistant_only(tokenizer, tmp_path):
     rows = [{"messages": chat} for chat in chats(40, turns=3)]
     reference = theirs(rows, tokenizer, tmp_path, assistant_only_loss=True)
     assert_same(ours(rows, tokenizer), reference)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cohere2",
+        "gemma3",
+        "glm4moe",
+        "lfm2",
+        "llama3",
+        "qwen2_5_vl",
+        "qwen3",
+        "qwen3_instruct_2507",
+    ],
+)
+def test_prefix_rendering_finds_what_generation_tags_mark(tokenizer, name):
+    """Templates of real models, as TRL tags them."""
+    tokenizer.chat_template = (SHIPPED / f"{name}_training.jinja").read_text()
+    for chat in chats(20, turns=3):
+        marked = tokenizer.apply_chat_template(
+            chat, return_assistant_tokens_mask=True, return_dict=True
+        )
+        [(ids, labels)] = ours([{"messages": chat}], tokenizer)
+        assert ids.tolist() == marked["input_ids"]
+        assert (labels[1:] != IGNORE).int().tolist() == marked["assistant_masks"][1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    {
+        "phi3": ["1<|end|>\n", "2<|end|>\n<|eos|>"],
+        "gptoss": ["<|channel|>final<|message|>1<|end|>", "<|channel|>final<|message|>2<|return|>"],
+        "qwen3": ["1<|im_end|>\n", "<think>\n\n</think>\n\n2<|im_end|>\n"],
+        "deepseekv3": ["1<｜end▁of▁sentence｜>", "2<｜end▁of▁sentence｜>"],
+    }.items(),
+)
+def test_templates_that_render_the_past_in_another_way(tokenizer, name, parts):
+    template = (SHIPPED / f"{name}.jinja").read_text()
+    turns = [("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    render = Renderer(tokenizer, train_all=False, text_only_fails=True, chat_template=template)
+    rendered = render(Layout().parse(row))
+    assert [rendered.text[start:stop] for start, stop in rendered.spans] == parts
+
+
+def test_a_template_that_drops_the_words_is_refused(tokenizer):
+    template = (SHIPPED / "smolvlm.jinja").read_text()  # wants content in parts
+    render = Renderer(tokenizer, train_all=False, text_only_fails=True, chat_template=template)
+    with pytest.raises(BadRow, match="leaves out what turn 1 says"):
+        render(Layout().parse({"prompt": "One?", "completion": "1"}))
 
 
 @pytest.mark.parametrize("template", [None, CHATML])

@@ -23,7 +23,7 @@ from rayft.strategies.optim import (
     schedule,
     set_lrs,
 )
-from tests.strategy_lab import CPU, Reader
+from tests.strategy_toy import CPU, Reader
 
 TOTAL = 37
 
@@ -115,7 +115,7 @@ class Wide(nn.Module):
 
 
 def _batch(step: int) -> Batch:
-    ids = torch.randint(0, 128, (4, 6), generator=torch.Generator().manual_seed(step))
+    ids = torch.randint(0, 128, (4, 6), generator=torch.Generator().manual_seed(step % 2))
     zeros = torch.zeros(4, dtype=torch.long)
     places = torch.arange(6).expand(4, 6)
     return Batch(ids, ids, places, zeros + 6, task=zeros, trial=zeros, packed=False)
@@ -144,11 +144,11 @@ def test_8bit_adamw_trains_and_resumes_bit_exact(kind: str) -> None:
         return losses
 
     whole = engine()
-    advance(whole, 0)
+    earlier = advance(whole, 0)
     saved = copy.deepcopy(whole.shard())
     assert {tensor.dtype for tensor in saved.whole.values()} >= {torch.uint8}
     resumed = engine()
     resumed.load(Reader([saved]))
     later = advance(whole, 3)
     assert advance(resumed, 3) == later
-    assert later[-1] < 0.9 * later[0]  # it learns
+    assert later[-1] < 0.9 * earlier[1]  # it learns: the same batch, four updates later

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rayft.compose.job import Outcome
+from rayft.compose.job import Outcome, Prepared
 from rayft.core.errors import DivergedError
-from rayft.runtime.book import Prepared
 
 SECONDS = 0.02  # per step
 
@@ -40,7 +39,7 @@ def execute(job, rank, world, device, signals):
     step = int(kept.read_text()) if kept.exists() else 0
     with (folder / "starts").open("a") as log:
         log.write(f"{rank} {step} {job.attempt} {torch.get_num_threads()} {Path.cwd()}\n")
-    signals.progress({"kind": "start", "step": step, "steps_total": total})
+    signals.progress({"kind": "start", "step": step, "steps": total})
     status = "done"
     while step < total:
         flag = torch.tensor([float(signals.stop_requested())])

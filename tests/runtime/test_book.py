@@ -11,6 +11,7 @@ import pytest
 import stub
 import torch.distributed as dist
 
+from rayft.compose.job import Prepared
 from rayft.core.errors import (
     ConfigError,
     DataError,
@@ -20,7 +21,6 @@ from rayft.core.errors import (
     StorageError,
 )
 from rayft.core.record import RunRecord
-from rayft.runtime.book import Prepared
 from rayft.runtime.train import train
 
 ALONE = {"scale": {"workers": 0, "gpus": 0}, "train": {"steps": 4, "save_every": 2}}

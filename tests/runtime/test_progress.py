@@ -24,7 +24,7 @@ def step(number, **more):
 def test_plain_lines_are_few_and_never_miss_an_event():
     time, out = Clock(), []
     lines = Lines(out.append, time)
-    lines.show({"kind": "start", "step": 0, "steps_total": 1000})
+    lines.show({"kind": "start", "step": 0, "steps": 1000})
     for number in range(1, 1001):
         time.now += 0.1  # 100 s in all
         lines.show(step(number))
@@ -39,7 +39,7 @@ def test_plain_lines_are_few_and_never_miss_an_event():
 def test_fast_runs_print_first_and_last():
     time, out = Clock(), []
     lines = Lines(out.append, time)
-    lines.show({"kind": "start", "step": 0, "steps_total": 40})
+    lines.show({"kind": "start", "step": 0, "steps": 40})
     for number in range(1, 41):
         lines.show(step(number))
     assert len(out) == 3
@@ -48,7 +48,7 @@ def test_fast_runs_print_first_and_last():
 def test_the_line_has_all_that_matters():
     time = Clock()
     pace = Pace(time)
-    pace.note({"kind": "start", "step": 100, "steps_total": 200})
+    pace.note({"kind": "start", "step": 100, "steps": 200})
     time.now = 10.0
     pace.note({"kind": "save", "step": 110})
     time.now = 20.0
