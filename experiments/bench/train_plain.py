@@ -94,7 +94,7 @@ class PlainLoop:
         world = dist.get_world_size()
         self.engine, *_ = deepspeed.initialize(
             model=ChunkedMean(built.step.policy) if chunked else built.model,
-            optimizer=build_optimizer(list(built.groups), run.optim, device),
+            optimizer=build_optimizer(list(built.groups), run.optim),
             config=deepspeed_config(
                 run.strategy, run.optim, train, precision, train.micro_batch, world
             ),

@@ -50,7 +50,7 @@ class Pace:
         """Take the times of an event."""
         self.total = int(event.get("steps", self.total))
         if event["kind"] == "start":
-            self._first = (int(event.get("step", 0)), self._clock())
+            self._first = None  # counted from the end of the first step, which warms things up
         elif event["kind"] == "save":
             self._saved = self._clock()
         elif event["kind"] == "step" and self._first is None:

@@ -81,7 +81,7 @@ class DdpEngine:
                 device_ids=[device.index or 0] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
             )
-        self._optimizer = build_optimizer(groups, optim, device)
+        self._optimizer = build_optimizer(groups, optim)
         assert_groups(self._optimizer, groups, optim.lr)
         self._autocast = precision == "bf16"
 

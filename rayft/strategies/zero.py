@@ -213,7 +213,7 @@ class ZeroEngine:
         with _unprinted():
             self._engine, *_ = deepspeed.initialize(
                 model=step,
-                optimizer=build_optimizer(groups, optim, device),
+                optimizer=build_optimizer(groups, optim),
                 config=config,
                 dist_init_required=False,
             )

@@ -11,7 +11,7 @@ import torch
 from rayft.config.strategies import StrategySpec
 from rayft.core.protocols import Group
 from rayft.core.shards import PARAM
-from rayft.strategies import STRATEGIES
+from rayft.strategies import IMPLEMENTATIONS
 from tests.strategy_lab import printed, results
 from tests.strategy_toy import OPTIM, SAVE, STEPS
 
@@ -21,7 +21,7 @@ NAMES = ["ddp", "zero0", "zero1", "zero2", "zero3"]
 
 def test_every_spec_of_the_menu_has_its_strategy() -> None:
     union, _ = get_args(StrategySpec)
-    assert set(get_args(union)) == set(STRATEGIES)
+    assert set(get_args(union)) == set(IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,4 +156,4 @@ def test_empty_group_is_an_internal_error() -> None:
     weight = torch.nn.Parameter(torch.zeros(3))
     groups = [Group("lora_A", (weight,)), Group("no_decay", (), decay=False)]
     with pytest.raises(RuntimeError, match="'no_decay' is empty"):
-        build_optimizer(groups, OPTIM, torch.device("cpu"))
+        build_optimizer(groups, OPTIM)

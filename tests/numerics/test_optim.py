@@ -58,7 +58,7 @@ def test_linear_ends_at_its_floor() -> None:
 def test_group_rates_follow_their_ratio() -> None:
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     groups = [Group("lora_A", (a,)), Group("lora_B", (b,), lr_ratio=16.0, decay=False)]
-    optimizer = build_optimizer(groups, OptimSpec(lr=1e-4, weight_decay=0.1), CPU)
+    optimizer = build_optimizer(groups, OptimSpec(lr=1e-4, weight_decay=0.1))
     assert_groups(optimizer, groups, 1e-4)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
     set_lrs(optimizer, group_lrs(groups, 2e-4))
@@ -79,12 +79,12 @@ def test_broken_groups_are_internal_errors() -> None:
         [],
     ):
         with pytest.raises(RuntimeError):
-            build_optimizer(groups, OptimSpec(), CPU)
+            build_optimizer(groups, OptimSpec())
 
 
 def test_fresh_adam_state_is_what_torch_makes() -> None:
     weight = nn.Parameter(torch.randn(3, 2))
-    optimizer = build_optimizer([Group("w", (weight,))], OptimSpec(), CPU)
+    optimizer = build_optimizer([Group("w", (weight,))], OptimSpec())
     made = copy.deepcopy(adam_state(optimizer, weight))
     twin = nn.Parameter(weight.detach().clone())
     other = torch.optim.AdamW([twin], lr=1e-3)

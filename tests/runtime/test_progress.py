@@ -48,10 +48,12 @@ def test_fast_runs_print_first_and_last():
 def test_the_line_has_all_that_matters():
     time = Clock()
     pace = Pace(time)
-    pace.note({"kind": "start", "step": 100, "steps": 200})
-    time.now = 10.0
+    pace.note({"kind": "start", "step": 99, "steps": 200})
+    time.now = 3.0  # start-up and the first step say nothing about the rest
+    pace.note({"kind": "step", "step": 100, "steps": 200})
+    time.now = 13.0
     pace.note({"kind": "save", "step": 110})
-    time.now = 20.0
+    time.now = 23.0
     line = step_line(
         step(120, lr={"lora_A": 1e-4, "lora_B": 1.6e-3}, tokens_per_s=5120.0, memory=3 * 2**29),
         pace,
