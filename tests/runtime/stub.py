@@ -23,8 +23,8 @@ def prepare(run, mapper):
     folder = Path(run.storage) / "work"
     folder.mkdir(parents=True, exist_ok=True)
     assert mapper(double, [1, 2]) == [2, 4]
-    counts = {"documents": 4, "tokens": 40, "cut": 0, "dropped": 0, "bad": 0}
-    return Prepared(str(folder), "d" * 16, {"train": {"total": counts}})
+    total = dict(rows=4, documents=4, tokens=40, trained=20, cut=0, dropped=0, bad=0)
+    return Prepared(str(folder), "d" * 16, {"train": {"total": total}})
 
 
 def double(value):

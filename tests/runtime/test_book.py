@@ -53,7 +53,7 @@ def test_record_of_a_finished_run(a_run):
     assert on_disk(run) == record
     assert (record.status, record.steps, record.steps_total, record.tokens) == ("done", 4, 4, 40)
     assert (record.eval, record.base) == ({"eval_loss": 1.0}, {"eval_loss": 2.0})
-    assert record.config_hash == run.digest() and record.data == {"rows": 4}
+    assert record.config_hash == run.digest() and record.data["train"]["total"]["rows"] == 4
     assert {"torch", "ray", "python", "rayft"} <= record.versions.keys()
     assert record.attempts == 1 and record.seconds > 0
     assert not dist.is_initialized() and "WORLD_SIZE" not in os.environ
