@@ -70,7 +70,10 @@ def build(run: Run, device: torch.device, strategy: Strategy) -> Built:
         groups = tuple(methods.apply_all(model, chosen, seed=run.seed))  # DoRA reads base weights
     objective = objectives.build(run.objective)
     policy = CausalPolicy(model, packing=run.data.packing)
-    return Built(model, tokenizer, chosen, groups, objective, TrainStep(policy, objective))
+    step = TrainStep(policy, objective)
+    # transformers loads models in eval mode, where dropout and gradient checkpointing do nothing
+    step.train()
+    return Built(model, tokenizer, chosen, groups, objective, step)
 
 
 def strategy_of(run: Run, device: torch.device) -> Strategy:
