@@ -4,6 +4,8 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 THREADS := OMP_NUM_THREADS=1
+# Test processes: three where there are four cores. A file stays in one process (it shares its fixtures).
+WORKERS := $(shell [ $$(nproc) -ge 4 ] && echo 3 || echo 2)
 
 .PHONY: setup dev quickstart test checks format clean
 setup: .venv/.installed
@@ -32,7 +34,7 @@ quickstart: setup
 	@$(BIN)/python experiments/quickstart/run.py
 
 test: dev
-	$(THREADS) $(BIN)/python -m pytest -m "not gpu"
+	$(THREADS) $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
 
 checks: dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

@@ -61,7 +61,7 @@ class Stepper:
         totals, tokens, seen, stopped = self._totals(window, stop)
         if stopped:
             return None
-        loss = torch.zeros((), dtype=torch.float64)
+        loss = torch.zeros((), dtype=torch.float64, device=engine.device)
         for index, batch in enumerate(window):
             loss += self._micro(batch, totals, last=index == len(window) - 1)
         norm = engine.step(self.lrs(step))
@@ -97,12 +97,13 @@ class Stepper:
         return totals, int(tokens), int(seen), stopped > 0
 
     def _micro(self, batch: Batch, totals: Tensor, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; this rank's part of the loss, on CPU."""
+        """Forward and backward of one micro-batch; this rank's part of the loss, on the
+        device: reading it here would make every micro-batch wait for the last one."""
         batch = batch.to(self.engine.device)
         scale = scales(self.objective, batch, totals)
         loss = reduce_rows(self.engine.forward(batch, scale), scale)
         self.engine.backward(loss, last=last)
-        return loss.detach().to("cpu", torch.float64)
+        return loss.detach().double()
 
 
 @dataclass(frozen=True)

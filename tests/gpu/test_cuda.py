@@ -1,6 +1,6 @@
 """On one GPU, without Ray: the engine trains, evaluates, saves, resumes and exports there.
 
-    python -m pytest -m gpu tests/gpu
+python -m pytest -m gpu tests/gpu
 """
 
 from __future__ import annotations

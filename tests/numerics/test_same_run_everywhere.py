@@ -50,15 +50,21 @@ LORA_CASES = (
     "zero2",
     "zero3-packed",
 )  # the others differ in nothing new
+MOVED = {"full": "zero3", "lora": "zero2"}  # started with two workers, finished with one
 RUNS = [("full", case) for case in CASES] + [("lora", case) for case in LORA_CASES]
 COMPARED = [(method, case) for method, case in RUNS if case != "one"]
+COMPARED += [(method, "moved") for method in MOVED]
 
 
 class Silent:
-    """Signals nobody listens to."""
+    """Signals nobody listens to; they ask for a stop before step `stop_at`."""
+
+    def __init__(self, stop_at: int = STEPS + 1) -> None:
+        self.left = stop_at
 
     def stop_requested(self) -> bool:
-        return False
+        self.left -= 1
+        return self.left == 0
 
     def progress(self, event: dict) -> None:
         pass
@@ -103,26 +109,31 @@ def train_all(rank: int, world: int, folder: str) -> None:
         needs, changes = CASES[name]
         if needs == world:
             train_one(rank, world, config(Path(folder), name, METHODS[method], changes))
+    for method, strategy in MOVED.items():
+        run = config(Path(folder), "moved", METHODS[method], {"strategy": strategy})
+        train_one(rank, world, run, stop_at=STEPS // 2 if world == 2 else STEPS + 1)
     if world > 1:
         dist.destroy_process_group()
 
 
-def train_one(rank: int, world: int, run: Run) -> None:
-    """One case, as a worker would."""
+def train_one(rank: int, world: int, run: Run, stop_at: int = STEPS + 1) -> None:
+    """One case, as a worker would; interrupted before step `stop_at`."""
     ready = prepare_data(run, lambda function, items: [function(item) for item in items])
     if rank == 0:
         record = RunRecord(run.name, "running", run.resolved(), run.digest())
         home = Storage.open(run.storage).child(run.name)
         home.write_text("run.json", record.to_json())
-    job = Job(run.resolved(), run.digest(), "1a", ready.uri, ready.hash)
-    assert execute(job, rank, world, torch.device("cpu"), Silent()).status == "done"
+    attempt = f"{3 - world}a"  # two workers come first
+    job = Job(run.resolved(), run.digest(), attempt, ready.uri, ready.hash)
+    outcome = execute(job, rank, world, torch.device("cpu"), Silent(stop_at))
+    assert outcome.status == ("done" if stop_at > STEPS else "interrupted")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The folder that holds every finished case."""
     folder = tmp_path_factory.mktemp("runs")
-    for world in (1, 2):
+    for world in (2, 1):
         mp.spawn(train_all, args=(world, str(folder)), nprocs=world)
     return folder
 

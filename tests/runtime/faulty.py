@@ -5,8 +5,11 @@ import signal
 
 from rayft.compose.execute import execute as real
 
-# attempt: (rank, or None for every rank; which step of the attempt dies before it is done)
-KILLS = {"1": (0, 2), "2": (1, 5), "3": (None, 2)}
+# case: {attempt: (rank, or None for every rank; which step of the attempt dies before it is done)}
+KILLS = {
+    "full-zero3": {"1": (0, 2), "2": (None, 6)},  # before the first save; all at once after one
+    "qlora-zero2": {"1": (1, 5)},
+}
 
 
 class Doomed:
@@ -24,11 +27,8 @@ class Doomed:
 
 
 def execute(job, rank, world, device, signals):
-    who, step = KILLS.get(job.attempt.split("x")[0], (rank + 1, 0))
+    """The run's name says the case."""
+    kills = KILLS[job.config["name"]]
+    who, step = kills.get(job.attempt.split("x")[0], (rank + 1, 0))
     doomed = who in (None, rank)
     return real(job, rank, world, device, Doomed(signals, step) if doomed else signals)
-
-
-def die_late(job, rank, world, device, signals):
-    """Both ranks die in the first attempt, after the commit of step 3 had time to land."""
-    return real(job, rank, world, device, Doomed(signals, 9))
