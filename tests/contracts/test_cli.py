@@ -173,8 +173,10 @@ def test_train_prints_what_came_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = RunRecord(
-        "a", "done", {}, "h", steps=80, seconds=61.4, eval={"eval_loss": 1.5, "eval_tokens": 9.0},
-        base={"eval_loss": 2.25}, best=Best(80, 1.5, "step-80-0"),
+        "a", "done", {}, "h", steps=80, seconds=61.4, best=Best(80, 1.5, "step-80-0"),
+        params_total=2000, params_trainable=1000,
+        eval={"eval_loss": 1.5, "eval_ppl": 4.5, "eval_loss/a": 1.0, "eval_ppl/a": 2.7},
+        base={"eval_loss": 2.25, "eval_ppl": 9.5, "eval_loss/a": 2.0, "eval_ppl/a": 7.4},
     )  # fmt: skip
     commands = []
 
@@ -186,11 +188,12 @@ def test_train_prints_what_came_out(
     assert cli.main(["train", str(ROOT / QLORA), "seed=0"]) == 0
     assert commands == [f"rayft train {ROOT / QLORA} seed=0"]
     assert capsys.readouterr().out.splitlines() == [
-        "a: done, 80 steps, 61 s",
-        "  eval_loss: base 2.2500, tuned 1.5000",
+        "a: done, 80 steps, 61 s, 1,000 of 2,000 parameters",
+        "  held-out loss: base 2.2500 -> tuned 1.5000 (perplexity 9.5 -> 4.5)",
+        "  held-out loss, task a: base 2.0000 -> tuned 1.0000 (perplexity 7.4 -> 2.7)",
         "  best: 1.5000 at step 80",
-        "  results: runs/quickstart-qlora",
-        "  next: rayft eval runs/quickstart-qlora",
+        "  export: runs/quickstart-qlora/export",
+        "  next: rayft eval runs/quickstart-qlora --generate 64",
     ]
 
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from rayft.config.methods import FullSpec, LoraSpec, MethodSpec
 from rayft.config.run import ModelSpec
 from rayft.core.errors import ConfigError, StorageError
-from rayft.methods import METHODS, apply_all, build, load_adapter
+from rayft.methods import IMPLEMENTATIONS, apply_all, build, load_adapter
 from rayft.models import CausalPolicy, load_model, model_facts
 from tests.small import batch, llama, saved_llama
 
@@ -67,7 +67,7 @@ def trained(model) -> dict[str, torch.Tensor]:
 
 def test_every_spec_of_the_menu_has_its_implementation_and_a_row():
     menu = set(get_args(get_args(MethodSpec)[0]))
-    assert menu == set(METHODS) == {type(spec) for spec, _ in ROWS.values()}
+    assert menu == set(IMPLEMENTATIONS) == {type(spec) for spec, _ in ROWS.values()}
 
 
 @pytest.mark.parametrize(("name", "base"), CASES)

@@ -12,7 +12,7 @@ from rayft.config.objectives import LmSpec, ObjectiveSpec, SftSpec
 from rayft.core.batch import IGNORE, Batch
 from rayft.core.reduce import counts, reduce_rows, scales
 from rayft.models import CausalPolicy
-from rayft.objectives import OBJECTIVES, build
+from rayft.objectives import IMPLEMENTATIONS, build
 from tests.small import batch, llama
 
 SPECS = [SftSpec(), LmSpec()]
@@ -39,7 +39,7 @@ def gradient(model, objective, window: list[Batch]) -> tuple[float, torch.Tensor
 
 def test_every_spec_of_the_menu_has_its_implementation_and_a_row():
     menu = set(get_args(get_args(ObjectiveSpec)[0]))
-    assert menu == set(OBJECTIVES) == {type(spec) for spec in SPECS}
+    assert menu == set(IMPLEMENTATIONS) == {type(spec) for spec in SPECS}
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -99,12 +100,20 @@ def test_a_killed_driver_leaves_nothing_and_the_same_command_continues(a_run, st
     assert driver.returncode == 0 and out.strip() == "done", said
 
 
+def free_port() -> int:
+    """A port nobody listens on now: other tests' clusters may hold the usual one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture
 def two_nodes(quiet):
     """Address of a cluster of two one-CPU nodes (and a head without CPUs) with a dashboard, which
     frees what dead drivers held."""
     cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True}
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()},
     )
     for _ in range(2):
         cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
