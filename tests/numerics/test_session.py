@@ -18,6 +18,7 @@ from rayft.config.load import load
 from rayft.core.errors import ConfigError
 from rayft.core.record import Best, RunRecord
 from rayft.core.storage import Storage
+from rayft.models.chunked import LogitMap
 
 CPU = torch.device("cpu")
 
@@ -129,3 +130,13 @@ def test_every_seed_of_the_config_can_be_used(seed, tmp_path):
     one = session(tmp_path, f"seed={seed}")
     assert one.restore() is None
     one.abandon()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_every_strategy_holds_the_model_to_its_logits(strategy, tmp_path, monkeypatch):
+    """ZeRO-3 creates the model sharded: the check must come after, not be left out."""
+    session(tmp_path / "good", f"strategy={strategy}", "data.packing=true").abandon()
+    wrong = LogitMap(multiplier=2.0)
+    monkeypatch.setattr("rayft.models.policy.logit_map", lambda config: wrong)
+    with pytest.raises(ConfigError, match="changes its logits"):
+        session(tmp_path / "bad", f"strategy={strategy}", "data.packing=true")
