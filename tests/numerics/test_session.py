@@ -12,6 +12,7 @@ from rayft.compose.assemble import assemble
 from rayft.compose.commit import find_commit
 from rayft.compose.data import open_corpus, prepare_data
 from rayft.compose.job import Job
+from rayft.compose.offline import evaluate_run
 from rayft.compose.publish import choose_commit, publish
 from rayft.compose.session import Session
 from rayft.config.load import load
@@ -123,6 +124,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     larger.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="tokens, the model embeds"):
         session(tmp_path / "runs", f"model.tokenizer={tmp_path}")
+
+
+def test_eval_says_when_the_held_out_data_is_another(tmp_path):
+    rows = tmp_path / "heldout.jsonl"
+    rows.write_text(json.dumps({"prompt": "1 + 1 =", "completion": "2"}) + "\n")
+    one = session(tmp_path, f"data.eval.0={{path: {rows}}}")
+    one.restore()
+    one.save(2, False)
+    one.finish()
+    record = RunRecord("small", "done", one.parts.run.resolved(), "", data_hash=one.job.data_hash)
+    one.storage.write_text("run.json", record.to_json())
+    where = str(tmp_path / "small")
+    assert "note:" not in evaluate_run(where)
+    rows.write_text(json.dumps({"prompt": "1 + 2 =", "completion": "3"}) + "\n")
+    assert "the held-out data is not what it was" in evaluate_run(where)
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
