@@ -110,6 +110,19 @@ def test_failing_write_costs_only_that_checkpoint(run, monkeypatch, point, actio
     assert find_commit(run).step == 3
 
 
+def test_a_shard_that_shrank_after_its_manifest_is_not_committed(run):
+    """A write that storage lost: rank 0 looks at what lies there, not only at the promise."""
+    first, second = writers(run, 2)
+    second.save(1, shard(1, 1, 2), {})
+    second.wait(60)
+    path = "checkpoints/step-1-1/rank-1.safetensors"
+    run.write_bytes(path, run.read_bytes(path)[:-1])
+    first.save(1, shard(1, 0, 2), {})
+    with pytest.raises(StorageError, match="is incomplete"):
+        first.wait(60)
+    assert find_commit(run) is None
+
+
 def test_final_failure_is_raised(run, monkeypatch):
     ranks = writers(run, 2, deadline=0.2)
     save(ranks, 1)
