@@ -213,3 +213,14 @@ def test_ranks_write_at_the_same_time(run):
         writer.wait(30)
     assert_holds(find_commit(run))
     assert set(SHAPES) == set(find_commit(run).reader().shapes())
+
+
+def test_an_object_that_changes_between_check_and_download_is_not_read(s3):
+    run = Storage.open(s3.format("changed"), QUICK)
+    save(writers(run, 1), 1)
+    commit = load_commit(run, "step-1-1")
+    path = "checkpoints/step-1-1/rank-0.safetensors"
+    data = run.read_bytes(path)
+    run.write_bytes(path, data[:-1] + bytes([data[-1] ^ 1]))
+    with commit.reader() as reader, pytest.raises(StorageError, match="changed while it was read"):
+        reader.whole(0)
