@@ -213,3 +213,14 @@ def test_facts_count_quantised_weights_in_full(folder):
     }
     expected = sum(param.numel() for param in llama().parameters())
     assert counts == dict.fromkeys(BASES, expected)
+
+
+def test_full_decays_matrices_only():
+    model = llama(attention_bias=True)
+    groups = {group.name: group for group in apply_all(model, [build(FullSpec())])}
+    names = {id(param): name for name, param in model.named_parameters()}
+    held = {key: {names[id(param)] for param in group.params} for key, group in groups.items()}
+    assert {key: group.decay for key, group in groups.items()} == {"decay": True, "no_decay": False}
+    vectors = {name for name, param in model.named_parameters() if param.ndim < 2}
+    assert any("norm" in name for name in vectors) and any("bias" in name for name in vectors)
+    assert held == {"decay": set(names.values()) - vectors, "no_decay": vectors}
