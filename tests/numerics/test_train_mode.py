@@ -16,6 +16,7 @@ from rayft.compose.execute import execute
 from rayft.compose.job import Job, Prepared
 from rayft.config.load import load
 from rayft.config.run import Run
+from rayft.core.jsonl import read_jsonl
 from rayft.core.record import RunRecord
 from rayft.core.series import read_series
 from rayft.core.storage import Storage
@@ -85,6 +86,8 @@ def test_a_resumed_run_continues_with_dropout(tmp_path):
     once = losses(a_run(tmp_path, "once", *changes), Stopping())
     twice = losses(a_run(tmp_path, "twice", *changes), Stopping(at=3), Stopping())
     assert once == twice
+    rows = read_jsonl(Storage.open(str(tmp_path / "twice")), "metrics.jsonl")
+    assert [row["step"] for row in rows if row["split"] == "eval"] == [0, STEPS]  # base: once
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
