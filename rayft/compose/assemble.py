@@ -5,22 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayft import methods, objectives, strategies
 from rayft.compose.data import Corpus
-from rayft.compose.step import PREFIX, TrainStep
+from rayft.compose.step import TrainStep
 from rayft.config.run import Run
 from rayft.core.batch import Batch
 from rayft.core.protocols import Engine, Group, Method, Objective, Strategy
 from rayft.data.stream import EvalSet, TrainStream
-from rayft.models.load import load_model, load_tokenizer, model_facts
+from rayft.models.load import check_vocabulary, load_model, load_tokenizer, model_facts
 from rayft.models.policy import CausalPolicy
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,7 @@ def build(run: Run, device: torch.device, strategy: Strategy) -> Built:
         )
         chosen = tuple(methods.build(spec) for spec in run.methods)
         groups = tuple(methods.apply_all(model, chosen, seed=run.seed))  # DoRA reads base weights
+    check_vocabulary(model, tokenizer)
     objective = objectives.build(run.objective)
     policy = CausalPolicy(model, packing=run.data.packing)
     step = TrainStep(policy, objective)
@@ -127,9 +125,3 @@ def held_out(
         return ()
     size, pad = run.train.eval_batch or run.train.micro_batch, built.tokenizer.pad_token_id
     return tuple(EvalSet(corpus.eval, size, pad, limit).batches(rank, world))
-
-
-def model_names(by_step_name: Mapping[str, T]) -> dict[str, T]:
-    """The same mapping under the model's own parameter names (the step module's prefix taken
-    off)."""
-    return {name.removeprefix(PREFIX): value for name, value in by_step_name.items()}

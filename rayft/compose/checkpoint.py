@@ -131,6 +131,11 @@ class CheckpointWriter:
             self._thread.start()
         self.stats.stall_seconds += time.perf_counter() - start
 
+    @property
+    def committed(self) -> int:
+        """Step of this attempt's last commit (rank 0; elsewhere: of its last manifest), or -1."""
+        return self._committed
+
     def poll(self) -> RayftError | None:
         """The error of a failed background save, once; never waits."""
         error, self._unreported = self._unreported, None

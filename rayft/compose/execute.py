@@ -51,11 +51,13 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
         session.abandon()
         raise
     session.finish()
+    # The last collective: no rank waits in one, and runs into its timeout, while rank 0 exports.
+    outcome = _outcome(status, session)
     if status == "done" and rank == 0:
         signals.progress({"kind": "export", "step": progress.step})
         record = _record(storage, parts, progress)
         publish(parts.built, record, choose_commit(storage, record), storage.child(EXPORT))
-    return _outcome(status, session)
+    return outcome
 
 
 def _started(parts: Parts, progress: Progress) -> dict[str, Any]:

@@ -1,15 +1,9 @@
-"""One attempt at a run, seen from one worker: `execute` is all that the runtime calls.
-
-Nothing here knows Ray: with one rank and no process group the same code trains in-process.
-"""
+"""What the runtime and an attempt at a run tell each other: plain data, and two calls."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    pass
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)

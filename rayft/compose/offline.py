@@ -18,7 +18,7 @@ from rayft.compose.commit import Commit
 from rayft.compose.data import open_corpus, prepare_data
 from rayft.compose.evaluate import evaluate
 from rayft.compose.export import Gap, check_vllm, merge_adapter, write_model_card
-from rayft.compose.publish import EXPORT, choose_commit, copy_out, make_export
+from rayft.compose.publish import EXPORT, choose_commit, copy_out, make_export, record_at
 from rayft.config.run import Run
 from rayft.config.strategies import DdpSpec
 from rayft.core.batch import Batch
@@ -157,18 +157,18 @@ def export_run(
             lines += _verdict(check_vllm(folder))
         if merge:
             adapter, folder = folder, Path(temporary) / "merged"
-            lines += _merged(opened, adapter, folder)
+            lines += _merged(opened, record_at(opened.record, commit), adapter, folder)
         copy_out(folder, target)
     return "\n".join(lines)
 
 
-def _merged(opened: Opened, adapter: Path, folder: Path) -> list[str]:
+def _merged(opened: Opened, record: RunRecord, adapter: Path, folder: Path) -> list[str]:
     """Merge into `folder`; what the merge changed, in words."""
     tokenizer = opened.built.tokenizer
     found = merge_adapter(
         opened.run.model, adapter, folder, tokenizer, device=opened.device, seed=opened.run.seed
     )
-    write_model_card(folder, opened.record, tokenizer, merged=found)
+    write_model_card(folder, record, tokenizer, merged=found)
     return [
         f"merged into the unquantised base, stored as {found.dtype}; reopened, same logits",
         f"  logit gap, adapter beside base -> merged: {_gap(found.rounding)}",

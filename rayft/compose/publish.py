@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from rayft.compose.assemble import Built, model_names
+from torch import Tensor
+
+from rayft.compose.assemble import Built
 from rayft.compose.commit import Commit, find_commit, load_commit, names
 from rayft.compose.export import write_model_card
 from rayft.compose.manifest import BadCommit, order
+from rayft.compose.shardfile import Shards
+from rayft.compose.step import PREFIX
 from rayft.core.errors import StorageError
 from rayft.core.record import RunRecord
+from rayft.core.shards import PARAM
 from rayft.core.storage import Storage
 
 EXPORT = "export"
 log = logging.getLogger(__name__)
+
+
+class Consolidated(Mapping[str, Tensor]):
+    """Full trained parameters of a commit by the model's own names, each read from the shards when
+    it is asked for: all of them in fp32 at once fit no host for a large model."""
+
+    def __init__(self, reader: Shards) -> None:
+        self._reader = reader
+        self._saved = {name.removeprefix(PREFIX): name for name in reader.shapes()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        saved = self._saved[name]
+        shape = self._reader.shapes()[saved]
+        return self._reader.read(saved, PARAM, 0, math.prod(shape)).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._saved)
+
+    def __len__(self) -> int:
+        return len(self._saved)
 
 
 def choose_commit(storage: Storage, record: RunRecord, step: int | None = None) -> Commit:
@@ -43,10 +70,17 @@ def choose_commit(storage: Storage, record: RunRecord, step: int | None = None) 
 
 def make_export(built: Built, record: RunRecord, commit: Commit, folder: Path) -> None:
     """Hub layout of `commit` in the local `folder`; methods read back what they write."""
-    state = model_names(dict(commit.consolidated()))
-    for method in built.methods:
-        method.export(built.model, state, folder)
-    write_model_card(folder, replace(record, steps=commit.step), built.tokenizer)
+    with commit.reader() as reader:
+        state = Consolidated(reader)
+        for method in built.methods:
+            method.export(built.model, state, folder)
+    write_model_card(folder, record_at(record, commit), built.tokenizer)
+
+
+def record_at(record: RunRecord, commit: Commit) -> RunRecord:
+    """`record` as it stood when `commit` was saved: its numbers, not those of a later step."""
+    then = commit.extra(0)["progress"]
+    return replace(record, steps=commit.step, tokens=then["tokens"], eval=then["eval"])
 
 
 def copy_out(folder: Path, target: Storage) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def set_rng(
 ) -> None:
     """Restore `state`; a rank that did not exist when it was saved is seeded afresh."""
     if "rng.cpu" not in state:
-        torch.manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
+        torch.manual_seed(((seed * 1_000_003 + step) * 4_099 + rank) % 2**63)
         return
     torch.set_rng_state(state["rng.cpu"])
     if device.type == "cuda" and "rng.cuda" in state:
@@ -74,6 +75,7 @@ class Session:
     began: float  # time.monotonic() when this attempt started
     progress: Progress = field(default_factory=Progress)
     earlier: float = 0.0  # seconds of the attempts before this one
+    told: int = -1  # step of the last save that the driver knows of
 
     def __post_init__(self) -> None:
         engine = self.parts.engine
@@ -115,6 +117,7 @@ class Session:
     def log(self, step: int, result: StepResult, seconds: float) -> None:
         """One line of metrics.jsonl and one progress event."""
         run = self.parts.run
+        self._tell_saves(step)
         if self.rank != 0 or (step % run.train.log_every and step != self.parts.steps):
             return
         line = {
@@ -143,7 +146,8 @@ class Session:
             line = {"step": step, "split": "eval", "loss": found["eval_loss"], **found}
             self._record("eval", {**line, "seconds": self.seconds()})
         best = self.progress.best
-        if step == 0 or (best is not None and found["eval_loss"] >= best["metric"]):
+        before = math.inf if best is None else best["metric"]
+        if step == 0 or not found["eval_loss"] < before:  # NaN is never the best
             return False
         name = folder_name(step, self.job.attempt)
         self.progress.best = {"step": step, "metric": found["eval_loss"], "checkpoint": name}
@@ -163,19 +167,14 @@ class Session:
         if self.metrics is not None:
             self.metrics.flush()
         self.writer.save(step, replace(shard, whole=whole), extra, best=best)
-        if self.rank != 0:
-            return
-        problem = self.writer.poll()
-        if problem is not None:
-            self.signals.progress({"kind": "warn", "step": step, "text": problem.what})
-        stalled = self.writer.stats.stall_seconds
-        self.signals.progress({"kind": "save", "step": step, "stall": stalled})
+        self._tell_saves(step)
 
     # ---- the end
 
     def finish(self) -> None:
         """Wait for the last commit; its failure is the run's failure."""
         self.writer.wait()
+        self._tell_saves(self.progress.step)
         if self.metrics is not None:
             self.metrics.close()
 
@@ -193,6 +192,20 @@ class Session:
     def seconds(self) -> float:
         """Wall clock of the run so far, without what was lost between attempts."""
         return self.earlier + time.monotonic() - self.began
+
+    def _tell_saves(self, step: int) -> None:
+        """Rank 0: what has become of the saves in the background. A save is told when it is
+        committed, not when it begins: until then a restart would not find it."""
+        if self.rank != 0:
+            return
+        problem = self.writer.poll()
+        if problem is not None:
+            self.signals.progress({"kind": "warn", "step": step, "text": problem.what})
+        committed = self.writer.committed
+        if committed != self.told:
+            self.told = committed
+            stalled = self.writer.stats.stall_seconds
+            self.signals.progress({"kind": "save", "step": committed, "stall": stalled})
 
     def _record(self, kind: str, line: dict[str, Any]) -> None:
         """Rank 0: to storage and to the driver."""

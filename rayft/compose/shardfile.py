@@ -85,6 +85,8 @@ class Staging:
         cuda = any(tensor.is_cuda for _, tensor in flat)
         if total != self._buffer.numel() or cuda != self._buffer.is_pinned():
             self._buffer = _host_buffer(total, pinned=cuda)
+        if cuda:  # what lies in host memory (offloaded, paged) may be written by the device still
+            torch.cuda.current_stream().synchronize()
         layout, start = {}, 0
         for key, tensor in flat:
             stop = start + tensor.nbytes

@@ -137,7 +137,7 @@ class Run(Spec):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Run name: the folder below storage."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of data order, initialisation and dropout."""
     model: ModelSpec
     """The base model; a bare string is its path."""

@@ -143,10 +143,10 @@ class DatasetRows:
     def digests(self) -> dict[str, str]:
         """sha256 of the Arrow files the data set consists of here."""
         found = self.load()
-        hashes = [
-            hashlib.sha256(Path(item["filename"]).read_bytes()).hexdigest()
-            for item in found.cache_files
-        ]
+        hashes = []
+        for item in found.cache_files:
+            with Path(item["filename"]).open("rb") as file:
+                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
         return {self.path: "+".join([*hashes, str(len(found))])}
 
 

@@ -75,8 +75,11 @@ def save_model(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path
         shell = type(model)(model.config)
     wanted = {name: param.shape for name, param in shell.named_parameters()}
     buffers = {name: b for name, b in model.named_buffers() if name in shell.state_dict()}
-    _refuse_holes(wanted, state)
-    full = {name: state[name].detach().to("cpu", model.dtype).contiguous() for name in wanted}
+    _refuse_missing(wanted, state)
+    full = {
+        name: _whole(name, shape, state[name]).detach().to("cpu", model.dtype).contiguous()
+        for name, shape in wanted.items()
+    }
     full |= {name: tensor.detach().cpu() for name, tensor in buffers.items()}
     shell.load_state_dict(full, strict=False, assign=True)
     shell.tie_weights()
@@ -92,15 +95,19 @@ def save_model(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path
             raise StorageError(f"{folder}: {name} differs from what was written")
 
 
-def _refuse_holes(wanted: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
-    for name, shape in wanted.items():
+def _refuse_missing(wanted: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
+    for name in wanted:
         if name not in state:
             raise StorageError(f"cannot export: the state has no {name}")
-        if state[name].shape != shape or state[name].numel() == 0:
-            raise StorageError(
-                f"cannot export: {name} is {tuple(state[name].shape)}, not {tuple(shape)}",
-                cause="it was taken from a sharded model without gathering",
-            )
+
+
+def _whole(name: str, shape: torch.Size, tensor: Tensor) -> Tensor:
+    if tensor.shape != shape or tensor.numel() == 0:
+        raise StorageError(
+            f"cannot export: {name} is {tuple(tensor.shape)}, not {tuple(shape)}",
+            cause="it was taken from a sharded model without gathering",
+        )
+    return tensor
 
 
 def reopened_tensors(file: Path) -> dict[str, Tensor]:

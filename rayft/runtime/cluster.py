@@ -27,7 +27,6 @@ _QUIET = {
     "RAY_DEDUP_LOGS": "1",
 }
 _LOCAL = {"RAY_USAGE_STATS_ENABLED": "0"}
-_LOCAL_CPU = {"DS_ACCELERATOR": "cpu"}
 
 
 @contextmanager

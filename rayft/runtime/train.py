@@ -24,7 +24,7 @@ def train(
     """Train until the run is done, through failures; a done run is returned as it is.
 
     Args:
-        engine: what one worker executes; default rayft.compose.job.execute.
+        engine: what one worker executes; default rayft.compose.execute.execute.
         prepare: how data is tokenised; default rayft's own.
         again: the command that continues this run, for messages.
 

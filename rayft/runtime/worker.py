@@ -31,7 +31,7 @@ class Task:
     control: str  # name of the control actor
     cpus: float
     cwd: str  # the driver's, so that relative paths mean the same
-    engine: Engine | None = None  # default: rayft.compose.job.execute
+    engine: Engine | None = None  # default: rayft.compose.execute.execute
 
 
 class WatchedSignals:

@@ -130,8 +130,10 @@ class Partitions:
         return Shard(pieces, scalars={slices.STEP: self._step()})
 
     def _step(self) -> float:
-        steps = {float(state["step"]) for state in self._optimizer.state.values()}
-        return steps.pop() if len(steps) == 1 else 0.0
+        steps = {float(state["step"]) for state in self._optimizer.state.values()} or {0.0}
+        if len(steps) > 1:
+            raise RuntimeError(f"parameters have taken different numbers of steps: {steps}")
+        return steps.pop()
 
     @torch.no_grad()
     def load(self, reader: ShardReader) -> None:

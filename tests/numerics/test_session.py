@@ -1,0 +1,131 @@
+"""What a run says of itself: the best evaluation, saves, and the card of an export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayft.compose.assemble import assemble
+from rayft.compose.commit import find_commit
+from rayft.compose.data import open_corpus, prepare_data
+from rayft.compose.job import Job
+from rayft.compose.publish import choose_commit, publish
+from rayft.compose.session import Session
+from rayft.config.load import load
+from rayft.core.errors import ConfigError
+from rayft.core.record import Best, RunRecord
+from rayft.core.storage import Storage
+
+CPU = torch.device("cpu")
+
+
+class Heard:
+    """Signals that keep what they are told."""
+
+    def __init__(self) -> None:
+        self.events: list[dict] = []
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def progress(self, event: dict) -> None:
+        self.events.append(event)
+
+
+def session(folder: Path, *changes: str) -> Session:
+    """A session of a small run, before its first step."""
+    source = {"path": "builtin:docstrings", "samples": 4}
+    base = {
+        "name": "small",
+        "model": {"path": "builtin:tiny"},
+        "data": {"train": [source], "eval": [source | {"split": "heldout"}], "max_length": 64},
+        "train": {"steps": 4, "global_batch": 2, "micro_batch": 2},
+        "storage": str(folder),
+    }
+    run = load(base, changes)
+    ready = prepare_data(run, lambda function, items: [function(item) for item in items])
+    parts = assemble(run, open_corpus(run, ready.uri, ready.hash), CPU)
+    job = Job(run.resolved(), run.digest(), "1a", ready.uri, ready.hash)
+    home = Storage.open(run.storage).child(run.name)
+    return Session(job, parts, home, Heard(), 0.0)
+
+
+def evaluated(one: Session, step: int, loss: float, monkeypatch) -> bool:
+    """Whether `one` takes this held-out loss for the best so far."""
+    found = {"eval_loss": loss, "eval_ppl": loss, "eval_tokens": 1.0}
+    monkeypatch.setattr("rayft.compose.session.evaluate", lambda *_: found)
+    return one.evaluate(step)
+
+
+def test_the_best_evaluation_is_the_lowest_and_never_nan(tmp_path, monkeypatch):
+    one = session(tmp_path)
+    losses = (1.0, float("nan"), 3.0, 4.0, float("nan"), 2.0, 2.5)  # step 0 is the base
+    taken = [evaluated(one, step, loss, monkeypatch) for step, loss in enumerate(losses)]
+    assert taken == [False, False, True, False, False, True, False]
+    assert one.progress.best == {"step": 5, "metric": 2.0, "checkpoint": "step-5-1a"}
+    one.abandon()
+
+
+def test_an_export_tells_the_numbers_of_its_own_step(tmp_path, monkeypatch):
+    one = session(tmp_path)
+    one.restore()
+    for step, loss in ((2, 2.0), (4, 3.0)):
+        one.progress.step, one.progress.tokens = step, 10 * step
+        one.save(step, evaluated(one, step, loss, monkeypatch))
+    one.finish()
+    best = Best(**one.progress.best)
+    record = RunRecord(
+        "small", "done", one.parts.run.resolved(), "", eval={"eval_loss": 3.0}, best=best, steps=4
+    )
+    commit = choose_commit(one.storage, record)
+    assert (commit.step, find_commit(one.storage).step) == (2, 4)
+    publish(one.parts.built, record, commit, one.storage.child("export"))
+    card = (tmp_path / "small" / "export" / "README.md").read_text()
+    assert "2 steps, 20 trained tokens" in card
+    assert "| eval_loss | - | 2 |" in card
+
+
+def test_a_save_is_told_when_it_is_committed(tmp_path):
+    one = session(tmp_path)
+    one.restore()
+    one.progress.step = 2
+    one.save(2, False)
+    one.finish()
+    told = [event for event in one.signals.events if event["kind"] == "save"]
+    assert [event["step"] for event in told] == [2]
+    assert (tmp_path / "small" / "checkpoints" / "step-2-1a" / "COMMIT.json").is_file()
+
+
+def test_a_save_that_failed_is_not_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYFT_FAILPOINT", "checkpoint.commit:enospc:1+")
+    one = session(tmp_path)
+    one.restore()
+    one.save(2, False)
+    with pytest.raises(Exception, match="disk or the quota"):
+        one.finish()
+    assert "save" not in {event["kind"] for event in one.signals.events}
+    one.abandon()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    tiny = Path("rayft/models/tiny")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        data = json.loads((tiny / name).read_text())
+        (tmp_path / name).write_text(json.dumps(data))
+    from transformers import AutoTokenizer
+
+    larger = AutoTokenizer.from_pretrained(tmp_path)
+    larger.add_tokens(["<more>"])
+    larger.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="tokens, the model embeds"):
+        session(tmp_path / "runs", f"model.tokenizer={tmp_path}")
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_every_seed_of_the_config_can_be_used(seed, tmp_path):
+    one = session(tmp_path, f"seed={seed}")
+    assert one.restore() is None
+    one.abandon()
