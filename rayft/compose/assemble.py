@@ -29,6 +29,7 @@ class Built:
     methods: tuple[Method, ...]
     groups: tuple[Group, ...]
     objective: Objective
+    policy: CausalPolicy
     step: TrainStep
 
 
@@ -71,7 +72,7 @@ def build(run: Run, device: torch.device, strategy: Strategy) -> Built:
     step = TrainStep(policy, objective)
     # transformers loads models in eval mode, where dropout and gradient checkpointing do nothing
     step.train()
-    return Built(model, tokenizer, chosen, groups, objective, step)
+    return Built(model, tokenizer, chosen, groups, objective, policy, step)
 
 
 def strategy_of(run: Run, device: torch.device) -> Strategy:
@@ -93,6 +94,8 @@ def assemble(run: Run, corpus: Corpus, device: torch.device) -> Parts:
     built = build(run, device, strategy)
     facts = model_facts(built.model)
     engine = strategy.prepare(built.step, list(built.groups))
+    if not built.policy.probed:
+        built.policy.probe()
     stream = TrainStream(
         table=corpus.train,
         weights=tuple(source.weight for source in run.data.train),

@@ -15,7 +15,7 @@ from torch import Tensor
 from rayft.compose.answers import Measured, answer, ask, report
 from rayft.compose.assemble import Built, build, held_out, strategy_of
 from rayft.compose.commit import Commit
-from rayft.compose.data import open_corpus, prepare_data
+from rayft.compose.data import SEPARATOR, open_corpus, prepare_data
 from rayft.compose.evaluate import evaluate
 from rayft.compose.export import Gap, check_vllm, merge_adapter, write_model_card
 from rayft.compose.publish import EXPORT, choose_commit, copy_out, make_export, record_at
@@ -121,7 +121,10 @@ def evaluate_run(where: str, *, generate: int = 0, limit: int | None = None) -> 
     base = measure()
     commit = choose_commit(opened.storage, opened.record)
     load_weights(opened.built, commit)
-    return report(f"step {commit.step}", questions, base, measure())
+    said = report(f"step {commit.step}", questions, base, measure())
+    before, now = (each.split(SEPARATOR)[1:] for each in (opened.record.data_hash, prepared.hash))
+    changed = "\n\nnote: the held-out data is not what it was when this run was trained"
+    return said + changed * (before != now)
 
 
 def export_run(

@@ -48,12 +48,23 @@ class CausalPolicy(nn.Module):
         self._positions = "position_ids" in inspect.signature(self.decoder.forward).parameters
         if packing and not self._positions:
             raise _no_packing(model)
-        # A model that ZeRO-3 shards cannot run before its engine exists.
-        if not any(is_partitioned(param) for param in model.parameters()):
-            with _quiet(model):
-                self._probe_head()
-                if packing:
-                    self._probe_packing()
+        self._packing = packing
+        # A model that ZeRO-3 shards cannot run before its engine exists: `probe` comes later.
+        self.probed = not any(is_partitioned(param) for param in model.parameters())
+        if self.probed:
+            self.probe()
+
+    def probe(self) -> None:
+        """Hold the model to what this class takes for granted; a sharded one runs collectives.
+
+        Raises:
+            ConfigError: it changes its logits in an unknown way, or mixes packed documents.
+        """
+        with _quiet(self.model):
+            self._probe_head()
+            if self._packing:
+                self._probe_packing()
+        self.probed = True
 
     # Looked up by name at each use: adapters may replace the head after this object is built, and
     # registering the same modules twice would double their names.

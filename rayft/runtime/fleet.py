@@ -6,6 +6,7 @@ import os
 
 from rayft.compose.job import Outcome, Prepared
 from rayft.config.run import Run
+from rayft.core.storage import Storage
 from rayft.runtime import launch, preflight
 from rayft.runtime.attempts import persevere
 from rayft.runtime.book import Book
@@ -32,6 +33,8 @@ def run_fleet(
         gpus = preflight.gpus_per_worker(run, living)
         preflight.feasible(run, living, gpus, limit)
         preflight.storage_everywhere(book.home, living)
+        if run.data.cache is not None:  # by default it lies in the storage just checked
+            preflight.storage_everywhere(Storage.open(run.data.cache), living, "data.cache")
         prepared: Prepared = prepare(run, over_ray(interrupt))
         interrupt.check()
         book.begin(prepared, hardware())

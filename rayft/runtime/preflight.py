@@ -104,8 +104,11 @@ def _probe(uri: str, token: str) -> str:
         return ""
 
 
-def storage_everywhere(home: Storage, living: Sequence[Node]) -> None:
+def storage_everywhere(home: Storage, living: Sequence[Node], key: str = "storage") -> None:
     """Every node must be able to write there, and see the same files as the driver.
+
+    Args:
+        key: the setting that names the place.
 
     Raises:
         StorageError: naming the nodes.
@@ -127,12 +130,13 @@ def storage_everywhere(home: Storage, living: Sequence[Node]) -> None:
         )
     finally:
         home.delete(name)
-    judge(
-        home.shown(), home.is_local, token, {n.ip: a for n, a in zip(living, answers, strict=True)}
-    )
+    found = {node.ip: answer for node, answer in zip(living, answers, strict=True)}
+    judge(home.shown(), home.is_local, token, found, key)
 
 
-def judge(place: str, local: bool, token: str, answers: dict[str, str]) -> None:
+def judge(
+    place: str, local: bool, token: str, answers: dict[str, str], key: str = "storage"
+) -> None:
     """Raises StorageError unless every node answered with the driver's token.
 
     Args:
@@ -142,13 +146,13 @@ def judge(place: str, local: bool, token: str, answers: dict[str, str]) -> None:
     if broken:
         raise StorageError(
             "\n".join([f"storage {place} is not usable from every node:", *broken]),
-            fix="give the nodes access, or set storage: to another place",
+            fix=f"give the nodes access, or set {key}: to another place",
         )
     blind = [f"  {ip}" for ip, text in answers.items() if text != token]
     if blind:
         raise StorageError(
             "\n".join([f"storage {place} is not the same place on every node; not on:", *blind]),
-            where="storage",
+            where=key,
             cause="a local path on a cluster of several machines" if local else "",
             fix="use s3://, gs:// or a shared file system (NFS) mounted at the same path",
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +19,9 @@ TRIES = 3  # of a task whose process died; an exception is final
 
 
 @ray.remote(num_cpus=1, max_retries=TRIES)
-def _apply(function: Callable[[Any], Any], item: Any) -> Any:
+def _apply(function: Callable[[Any], Any], item: Any, cwd: str) -> Any:
+    if Path(cwd).is_dir():
+        os.chdir(cwd)  # a relative model path or chat template means the driver's
     return function(item)
 
 
@@ -34,7 +38,7 @@ def over_ray(interrupt: Interrupt) -> Mapper:
             return [function(items[0])]
         environment = {"env_vars": passed_on()} if passed_on() else None
         task = _apply.options(runtime_env=environment) if environment else _apply
-        asked = [task.remote(function, item) for item in items]
+        asked = [task.remote(function, item, str(Path.cwd())) for item in items]
         open_tasks = asked
         while open_tasks:
             interrupt.check()

@@ -12,12 +12,14 @@ from rayft.compose.assemble import assemble
 from rayft.compose.commit import find_commit
 from rayft.compose.data import open_corpus, prepare_data
 from rayft.compose.job import Job
+from rayft.compose.offline import evaluate_run
 from rayft.compose.publish import choose_commit, publish
 from rayft.compose.session import Session
 from rayft.config.load import load
 from rayft.core.errors import ConfigError
 from rayft.core.record import Best, RunRecord
 from rayft.core.storage import Storage
+from rayft.models.chunked import LogitMap
 
 CPU = torch.device("cpu")
 
@@ -124,8 +126,33 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
         session(tmp_path / "runs", f"model.tokenizer={tmp_path}")
 
 
+def test_eval_says_when_the_held_out_data_is_another(tmp_path):
+    rows = tmp_path / "heldout.jsonl"
+    rows.write_text(json.dumps({"prompt": "1 + 1 =", "completion": "2"}) + "\n")
+    one = session(tmp_path, f"data.eval.0={{path: {rows}}}")
+    one.restore()
+    one.save(2, False)
+    one.finish()
+    record = RunRecord("small", "done", one.parts.run.resolved(), "", data_hash=one.job.data_hash)
+    one.storage.write_text("run.json", record.to_json())
+    where = str(tmp_path / "small")
+    assert "note:" not in evaluate_run(where)
+    rows.write_text(json.dumps({"prompt": "1 + 2 =", "completion": "3"}) + "\n")
+    assert "the held-out data is not what it was" in evaluate_run(where)
+
+
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 def test_every_seed_of_the_config_can_be_used(seed, tmp_path):
     one = session(tmp_path, f"seed={seed}")
     assert one.restore() is None
     one.abandon()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_every_strategy_holds_the_model_to_its_logits(strategy, tmp_path, monkeypatch):
+    """ZeRO-3 creates the model sharded: the check must come after, not be left out."""
+    session(tmp_path / "good", f"strategy={strategy}", "data.packing=true").abandon()
+    wrong = LogitMap(multiplier=2.0)
+    monkeypatch.setattr("rayft.models.policy.logit_map", lambda config: wrong)
+    with pytest.raises(ConfigError, match="changes its logits"):
+        session(tmp_path / "bad", f"strategy={strategy}", "data.packing=true")

@@ -138,6 +138,8 @@ def test_every_node_probes_storage(tmp_path):
         preflight.judge("/data", True, "token", {"10.0.0.1": "token", "10.0.0.2": ""})
     with pytest.raises(StorageError, match=r"10\.0\.0\.2: cannot write"):
         preflight.judge("/data", True, "token", {"10.0.0.1": "token", "10.0.0.2": "! cannot write"})
+    with pytest.raises(StorageError, match=r"where: data\.cache"):
+        preflight.judge("/data", True, "token", {"10.0.0.2": ""}, "data.cache")
 
 
 def test_rays_own_listener_is_not_heard_on_stdout():
