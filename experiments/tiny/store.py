@@ -1,7 +1,7 @@
 """Round the weights of a finished pre-training run to bf16 and put them into the package.
 
-    rayft train experiments/tiny/pretrain.yaml
-    python experiments/tiny/store.py runs/tiny/export
+rayft train experiments/tiny/pretrain.yaml
+python experiments/tiny/store.py runs/tiny/export
 """
 
 import sys
