@@ -51,6 +51,8 @@ from rayft.strategies.zero_state import Fragments, Partitions, Replicas
 
 BUCKET = 500_000_000  # elements: DeepSpeed's own default, far too much memory for a small model
 
+_started_in: dist.ProcessGroup | None = None  # the process group of the last strategy
+
 
 def _refuse(spec: ZeroSpec, optim: OptimSpec, model: ModelSpec) -> None:
     """Pairs that cannot work, as ConfigError."""
@@ -106,6 +108,7 @@ def _environment(device: torch.device) -> None:
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     import deepspeed  # reads the accelerator when it is imported
 
+    _forget_former_group()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed still calls these by their old names; the user can do nothing about it.
     renamed = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
@@ -113,6 +116,17 @@ def _environment(device: torch.device) -> None:
     if device.type == "cpu":
         # An inference-only all-reduce that DeepSpeed otherwise compiles (a minute) at start-up.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _forget_former_group() -> None:
+    """DeepSpeed keeps what it made of the first process group it saw; where that was destroyed
+    (a second run in this process), it must go too. A test holds the private name."""
+    global _started_in
+    from deepspeed.utils import groups
+
+    if _started_in is not None and _started_in is not dist.group.WORLD:
+        groups._release_process_group_references(group=None)
+    _started_in = dist.group.WORLD
 
 
 class ZeroStrategy:

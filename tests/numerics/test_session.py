@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from rayft.compose.assemble import assemble
 from rayft.compose.commit import find_commit
@@ -22,6 +24,19 @@ from rayft.core.storage import Storage
 from rayft.models.chunked import LogitMap
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone():
+    """ZeRO in this process makes a process group of one; it and its variables end with this file,
+    as the tests that follow in the same process expect."""
+    before = dict(os.environ)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if name not in before:
+            os.environ.pop(name, None)
 
 
 class Heard:
@@ -156,3 +171,11 @@ def test_every_strategy_holds_the_model_to_its_logits(strategy, tmp_path, monkey
     monkeypatch.setattr("rayft.models.policy.logit_map", lambda config: wrong)
     with pytest.raises(ConfigError, match="changes its logits"):
         session(tmp_path / "bad", f"strategy={strategy}", "data.packing=true")
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_second_run_in_one_process_has_a_group_of_its_own(strategy, tmp_path):
+    for name in ("first", "second"):  # as scale.workers: 0 does it, twice
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        session(tmp_path / name, f"strategy={strategy}").abandon()

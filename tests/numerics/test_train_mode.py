@@ -5,10 +5,12 @@ transformers loads models in eval mode, and there dropout and gradient checkpoin
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from rayft.compose.assemble import assemble
 from rayft.compose.data import open_corpus, prepare_data
@@ -22,6 +24,19 @@ from rayft.core.series import read_series
 from rayft.core.storage import Storage
 
 STEPS = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone():
+    """ZeRO in this process makes a process group of one; it and its variables end with this file,
+    as the tests that follow in the same process expect."""
+    before = dict(os.environ)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if name not in before:
+            os.environ.pop(name, None)
 
 
 class Stopping:
