@@ -14,6 +14,7 @@ from rayft.config.methods import FullSpec, LoraSpec, MethodSpec
 from rayft.config.objectives import ObjectiveSpec, SftSpec
 from rayft.config.penalties import Penalties
 from rayft.config.strategies import PRESETS, DdpSpec, StrategySpec, ZeroSpec
+from rayft.config.sweep import SweepSpec
 
 
 class ModelSpec(Spec):
@@ -163,6 +164,8 @@ class Run(Spec):
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Also send metrics there; each needs its optional extra and can fail without touching the
     run."""
+    sweep: SweepSpec | None = None
+    """What `rayft sweep` searches; `rayft train` leaves it aside."""
 
     @field_validator("strategy", mode="before")
     @classmethod
@@ -184,7 +187,7 @@ class Run(Spec):
         of the cache are free.
         """
         data = self.resolved()
-        for free in ("scale", "storage", "trackers"):
+        for free in ("scale", "storage", "trackers", "sweep"):
             data.pop(free)
         for section, key in (
             ("data", "cache"),

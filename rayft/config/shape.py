@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -32,12 +32,14 @@ class Place:
         specs: the specs by kind; a `spec` has one, under "".
         item: of a list.
         annotation: the type of a leaf.
+        optional: null means that it is not there.
     """
 
     sort: Literal["spec", "union", "list", "leaf"]
     specs: dict[str, type[Spec]] = field(default_factory=dict, hash=False)
     item: Place | None = None
     annotation: Any = None
+    optional: bool = False
 
     def spec(self, value: Any) -> type[Spec] | None:
         """The spec that `value` is written for; None when its kind is missing or unknown."""
@@ -60,7 +62,9 @@ def place(annotation: Any) -> Place:
         if item.sort != "leaf":
             return Place("list", item=item)
     if get_origin(annotation) in (Union, types.UnionType):
-        inner = [place(a) for a in arguments]
+        inner = [place(a) for a in arguments if a is not types.NoneType]
+        if len(inner) == 1 and inner[0].sort == "spec":
+            return replace(inner[0], optional=len(arguments) > 1)
         if all(p.sort == "spec" for p in inner):
             specs = [p.specs[""] for p in inner]
             return Place("union", {spec.model_fields["kind"].default: spec for spec in specs})
@@ -101,7 +105,7 @@ def _tidy(at: Place, value: Any, keys: Keys, source: Source, wrong: list[tuple[K
     if at.sort == "leaf":
         return _leaf(at.annotation, value, keys, source, wrong)
     if value is None:
-        return {} if at.sort == "spec" else ABSENT
+        return {} if at.sort == "spec" and not at.optional else ABSENT
     if at.sort == "list" and at.item is not None:
         if isinstance(value, str | dict):
             source.indent(keys, 0)

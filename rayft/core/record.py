@@ -50,7 +50,7 @@ class RunRecord:
 
     def to_json(self) -> str:
         """Stable, readable JSON."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        return _to_json(self)
 
     @staticmethod
     def from_json(text: str) -> RunRecord:
@@ -60,3 +60,44 @@ class RunRecord:
         if known.get("best") is not None:
             known["best"] = Best(**known["best"])
         return RunRecord(**known)
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """One sweep: what the ledger does not say; written to `<sweep>/sweep.json`."""
+
+    name: str
+    status: Status
+    config: dict[str, Any]  # Run.resolved(), sweep block included
+    config_hash: str
+    metric: str
+    mode: str
+    data_hash: str = ""
+    base: dict[str, float] = field(default_factory=dict)  # evaluation of the base model
+    best: dict[str, Any] | None = None  # {"trial", "step", "metric", "params"}
+    refit: dict[str, Any] | None = None  # {"metric", "step", "seconds"} of the winner's last run
+    seconds: float = 0.0  # wall clock over all starts of the sweep
+    cost: dict[str, float] = field(default_factory=dict)
+    # cost: "trial_seconds" engine seconds spent, "saved_by_stopping" and "saved_by_packing" seconds,
+    # "start_seconds" a run of its own spends before its first step; how: report/savings
+    starts: int = 0  # of the driver
+    params_total: int = 0
+    stopped_by: str = ""  # what ended the search: trials | max_seconds | target | grid
+    error: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Stable, readable JSON."""
+        return _to_json(self)
+
+    @staticmethod
+    def from_json(text: str) -> SweepRecord:
+        """The inverse of `to_json`; fields that a newer rayft wrote are ignored."""
+        raw = json.loads(text)
+        return SweepRecord(**{k: raw[k] for k in raw if k in SweepRecord.__dataclass_fields__})
+
+
+def _to_json(record: RunRecord | SweepRecord) -> str:
+    return json.dumps(asdict(record), indent=2, sort_keys=True) + "\n"

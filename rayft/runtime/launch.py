@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayft.compose.job import Job, Outcome
@@ -154,6 +160,8 @@ def _failure(error: Exception, step: int | None) -> Failure:
         }
         if ranks:
             return first(at_step(ranks, current))
+    if isinstance(error, ControllerError):
+        error = error.controller_failure  # what Ray wrapped says more than the wrapper
     return caught(error, step=current)
 
 

@@ -1,7 +1,7 @@
 """A stand-in for compose.job.execute: saves a step number, misbehaves on demand.
 
 `job.data_dir` is a folder: `step` holds the committed step, `pid-<rank>` the process ids, `fault`
-holds lines `<what> <rank or all> <step> <number of the attempt or *>`.
+holds lines `<what> <rank or all> <step> <n-th attempt whose workers started, or *>`.
 """
 
 import os
@@ -40,6 +40,9 @@ def execute(job, rank, world, device, signals):
     step = int(kept.read_text()) if kept.exists() else 0
     with (folder / "starts").open("a") as log:
         log.write(f"{rank} {step} {job.attempt} {torch.get_num_threads()} {Path.cwd()}\n")
+    # Counted by what started: Ray may lose an attempt before it has any worker.
+    started = (folder / "starts").read_text().splitlines()
+    nth = str(len({line.split()[2] for line in started}))
     signals.progress({"kind": "start", "step": step, "steps": total})
     status = "done"
     while step < total:
@@ -49,7 +52,7 @@ def execute(job, rank, world, device, signals):
             status = "interrupted"
             save(folder, rank, step, signals)
             break
-        misbehave(folder, rank, step + 1, job.attempt[0])
+        misbehave(folder, rank, step + 1, nth)
         time.sleep(SECONDS)
         step += 1
         signals.progress({"kind": "step", "step": step, "loss": 1 / step, "lr": {"all": 1e-3}})

@@ -1,6 +1,7 @@
 """Runs on a real local Ray: faults inside an attempt, refusals before the first."""
 
 import io
+import re
 import threading
 import time
 from pathlib import Path
@@ -59,13 +60,14 @@ def test_a_run_from_start_to_end(a_run, capfd):
 def test_killed_workers_continue_from_the_last_commit(a_run, capfd):
     run = a_run()
     record = go(run, "kill 1 15 1\nkill all 35 2\n")
-    assert (record.status, record.steps, record.attempts) == ("done", 40, 3)
+    # Four: seen once on a busy machine, Ray failed an attempt before any of its workers ran.
+    assert (record.status, record.steps) == ("done", 40) and record.attempts in (3, 4)
     assert [one[:2] for one in starts(run)] == [(0, 0), (0, 1), (10, 0), (10, 1), (30, 0), (30, 1)]
     assert len({one[2] for one in starts(run)}) == 3  # every attempt has its own id
-    trace = (Path(run.storage) / "r/errors/attempt-1.txt").read_text()
-    assert trace.startswith("rank 1, step 1") and "WorkerDied" in trace
+    traces = [file.read_text() for file in (Path(run.storage) / "r/errors").iterdir()]
+    assert [one for one in traces if one.startswith("rank 1, step 1") and "WorkerDied" in one]
     said = capfd.readouterr()
-    assert "attempt 1 failed (rank 1" in said.err
+    assert " failed (rank 1" in said.err
 
 
 def test_a_bug_at_one_step_ends_with_a_diagnosis(a_run):
@@ -76,7 +78,9 @@ def test_a_bug_at_one_step_ends_with_a_diagnosis(a_run):
         go(run, "bug 1 3 *")
     text = str(caught.value)
     assert "rank 1, step 3" in text and "ValueError: boom" in text
-    assert "same error at the same step 3 times" in text and "errors/attempt-3.txt" in text
+    assert "same error at the same step 3 times" in text and re.search(
+        r"errors/attempt-[34]\.txt", text
+    )
     assert len(text.splitlines()) <= 15 and caught.value.exit_code == 1
     assert len(starts(run)) == 6
 

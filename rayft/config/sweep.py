@@ -1,0 +1,200 @@
+"""The sweep block: what is searched, how, and when it ends. Every trial is a Run of its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_serializer, model_validator
+
+from rayft.config.base import Spec
+
+Value = bool | int | float | str | None | list[Any] | dict[str, Any]
+"""What a config field may be set to."""
+
+
+class Domain(Spec):
+    """The values of one dimension: exactly one of these."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    choice: tuple[Value, ...] | None = Field(None, min_length=1)
+    """One of these values."""
+    grid: tuple[Value, ...] | None = Field(None, min_length=1)
+    """Every one of these values (search: grid or random)."""
+    uniform: tuple[float, float] | None = None
+    """[low, high], evenly."""
+    loguniform: tuple[float, float] | None = None
+    """[low, high], evenly in the logarithm."""
+    integers: tuple[int, int] | None = Field(None, alias="int")
+    """[low, high], whole numbers, both ends included."""
+    paired: tuple[dict[str, Value], ...] | None = Field(None, min_length=1)
+    """Fields that change together, each entry {path: value, ...}; the dimension's own name is free
+    then."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Domain:
+        given = [name for name, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of choice, grid, uniform, loguniform, int, paired"
+                + (f", not {' and '.join(given)}" if given else "")
+            )
+        for ends in (self.uniform, self.loguniform, self.integers):
+            if ends is not None and not ends[0] < ends[1]:
+                raise ValueError(f"the low end must be below the high end, got {list(ends)}")
+        if self.loguniform is not None and self.loguniform[0] <= 0:
+            raise ValueError("loguniform needs a low end above 0")
+        if self.paired is not None and len({frozenset(entry) for entry in self.paired}) != 1:
+            raise ValueError("every entry of paired must set the same fields")
+        return self
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        """{choice: [...]}: the one that is given."""
+        listed = {name: value for name, value in self if value is not None}
+        return {{"integers": "int"}.get(name, name): value for name, value in listed.items()}
+
+    @property
+    def values(self) -> tuple[Any, ...] | None:
+        """All values of a finite domain (paired: its mappings); None of a continuous one."""
+        for listed in (self.choice, self.grid, self.paired):
+            if listed is not None:
+                return tuple(listed)
+        if self.integers is not None:
+            return tuple(range(self.integers[0], self.integers[1] + 1))
+        return None
+
+    def ends(self) -> tuple[Any, ...]:
+        """Values to try a config with: all of a finite list, both ends of a range."""
+        for ends in (self.uniform, self.loguniform, self.integers):
+            if ends is not None:
+                return ends
+        return self.values or ()
+
+
+class OptunaSpec(Spec):
+    """Tree-structured Parzen estimator (Bergstra et al. 2011), by Optuna."""
+
+    kind: Literal["optuna"] = "optuna"
+    startup: int = Field(8, ge=1)
+    """Random trials before the model is trusted."""
+
+
+class RandomSpec(Spec):
+    """Every trial drawn on its own (Bergstra & Bengio 2012)."""
+
+    kind: Literal["random"] = "random"
+
+
+class GridSpec(Spec):
+    """Every combination once."""
+
+    kind: Literal["grid"] = "grid"
+
+
+class AshaSpec(Spec):
+    """Asynchronous successive halving (Li et al. 2018, arXiv 1810.05934)."""
+
+    kind: Literal["asha"] = "asha"
+    grace: int | None = Field(None, ge=1)
+    """Steps that every trial gets; default: the first evaluation."""
+    factor: float = Field(3, gt=1)
+    """One trial in `factor` survives a rung; the next rung is `factor` times as far."""
+
+
+class PbtSpec(Spec):
+    """Population-based training (Jaderberg et al. 2017, arXiv 1711.09846): the worst copy the best,
+    weights and all, and go on with other settings."""
+
+    kind: Literal["pbt"] = "pbt"
+    every: int | None = Field(None, ge=1)
+    """Steps between two exploits; default: every evaluation."""
+    quantile: float = Field(0.25, gt=0, le=0.5)
+    """Share of the population that copies, and that is copied."""
+    resample: float = Field(0.25, ge=0, le=1)
+    """Probability of a fresh value instead of a neighbouring one."""
+
+
+class MedianSpec(Spec):
+    """Stop what is worse than the median of the others at the same step (Golovin et al. 2017)."""
+
+    kind: Literal["median"] = "median"
+    grace: int | None = Field(None, ge=1)
+    """Steps that every trial gets; default: the first evaluation."""
+    least: int = Field(3, ge=1)
+    """Trials to compare with before any is stopped."""
+
+
+class NoneSpec(Spec):
+    """Every trial runs to its end."""
+
+    kind: Literal["none"] = "none"
+
+
+SearchSpec = Annotated[OptunaSpec | RandomSpec | GridSpec, Field(discriminator="kind")]
+SchedulerSpec = Annotated[AshaSpec | PbtSpec | MedianSpec | NoneSpec, Field(discriminator="kind")]
+
+
+class SweepSpec(Spec):
+    """A search over any fields of the config it stands in."""
+
+    metric: str = "eval_loss"
+    """Any metric of an evaluation: eval_loss, eval_ppl, eval_loss/TASK."""
+    mode: Literal["min", "max"] = "min"
+    """Which way is better."""
+    trials: int | None = Field(None, ge=1)
+    """Trials in all (also: max_trials); default 32, of a grid all its combinations."""
+    max_seconds: float | None = Field(None, gt=0)
+    """Start no trial and end those that run after this time, over all starts of the sweep."""
+    target: float | None = None
+    """Stop as soon as a trial's metric is this good."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps of a trial; default train.steps. With refit the winner gets train.steps."""
+    space: dict[str, Domain] = Field(min_length=1)
+    """{path of a config field: choice | grid | uniform | loguniform | int | paired}."""
+    search: SearchSpec = OptunaSpec()
+    """Where the next trial's values come from."""
+    scheduler: SchedulerSpec = AshaSpec()
+    """Which trials are stopped early."""
+    pack: Literal["auto", "off"] = "auto"
+    """auto: LoRA trials share one frozen base per GPU or CPU core; off: one Ray Train run each."""
+    slots: int | None = Field(None, ge=1)
+    """Trials per pack; default: 16 on a GPU, 4 on a CPU core, fewer where memory ends."""
+    packs: int | None = Field(None, ge=1)
+    """Packs at most; default: one per GPU, without GPUs one per CPU core."""
+    seeds: int = Field(1, ge=1)
+    """Seeds of the winner: it is trained again with seeds - 1 others, for the spread."""
+    refit: bool = False
+    """Train the winner again as its own Ray Train run, for train.steps, and export that."""
+    divergence: float = Field(1.5, gt=1)
+    """A held-out loss above this times the base model's is a diverged trial."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _synonym(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "max_trials" in data and "trials" not in data:
+            data = dict(data)
+            data["trials"] = data.pop("max_trials")
+        return data
+
+    @property
+    def combinations(self) -> int | None:
+        """Of a space without ranges; None otherwise."""
+        sizes = [domain.values for domain in self.space.values()]
+        return None if None in sizes else math.prod(len(values or ()) for values in sizes)
+
+    @property
+    def count(self) -> int:
+        """Trials of the search."""
+        if self.trials is not None:
+            return self.trials
+        whole = self.combinations if isinstance(self.search, GridSpec) else None
+        return whole or 32
+
+    def paths(self) -> tuple[str, ...]:
+        """Every config field that the space sets."""
+        found: list[str] = []
+        for name, domain in self.space.items():
+            found += list(domain.paired[0]) if domain.paired else [name]
+        return tuple(found)

@@ -1,0 +1,152 @@
+"""The ledger of a sweep, `trials.jsonl`: append-only, one writer, and the only truth.
+
+A line is one report of one trial:
+
+    {"trial": "t0003", "time": 1763700000.0, "status": "running", "step": 20, "params": {...},
+     "eval_loss": 3.91, ...}
+
+`status` is running, then one of `ENDED`, which is final. `params` is {path of a config field:
+value}; a trial whose params change (population-based training) says so with its donor. Every other
+number is a metric. A step reported again (after a resume) replaces the earlier report. Lines with
+"pack" instead of "trial" say how full a pack was; its last line counts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rayft.core.jsonl import Appender, read_jsonl
+from rayft.core.storage import Storage
+
+LEDGER = "trials.jsonl"
+ENDED = ("done", "stopped", "diverged", "failed")
+FACTS = ("trial", "time", "status", "step", "params", "error", "donor", "origin", "pack")
+"""Keys of a line that are no metrics."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a trial said at one step."""
+
+    step: int
+    time: float  # seconds since the epoch
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as the ledger tells it."""
+
+    id: str
+    params: dict[str, Any]  # as they are now
+    status: str  # "running" or one of ENDED
+    step: int  # the last one reported
+    reports: tuple[Report, ...]  # by step; only those with metrics
+    began: float  # time of its first and last line
+    ended: float
+    error: str = ""
+    donors: tuple[tuple[int, str], ...] = ()  # population-based training: (step, donor)
+    origin: str = ""  # the trial that this one repeats with another seed
+    pack: str = ""  # where it ran last; "" on its own
+
+    def best(self, metric: str, mode: str = "min") -> Report | None:
+        """The report with the best finite `metric`, the first among equals; None without one."""
+        sign = 1 if mode == "min" else -1
+        told = [r for r in self.reports if math.isfinite(r.metrics.get(metric, math.nan))]
+        return min(told, key=lambda report: sign * report.metrics[metric], default=None)
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will happen to it."""
+        return self.status in ENDED
+
+
+@dataclass
+class Book:
+    """Everything a ledger says."""
+
+    trials: dict[str, Trial] = field(default_factory=dict)  # by id, in the order of first lines
+    packs: dict[str, dict[str, Any]] = field(default_factory=dict)  # last line of each
+
+
+class Ledger:
+    """The writer."""
+
+    def __init__(self, storage: Storage, clock: Callable[[], float] = time.time) -> None:
+        self._out, self._clock = Appender(storage, LEDGER), clock
+
+    def add(
+        self,
+        trial: str,
+        status: str,
+        step: int,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+        **facts: str,
+    ) -> None:
+        """One line; the end of a trial is durable on return.
+
+        Args:
+            facts: error, donor, origin, pack.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        line = {"trial": trial, "time": round(self._clock(), 3), "status": status, "step": step}
+        self._out.append({**line, "params": dict(params), **facts, **(metrics or {})})
+        if status in ENDED:
+            self._out.flush()
+
+    def pack(self, name: str, numbers: Mapping[str, float]) -> None:
+        """How full a pack has been so far: slots, busy (slot-seconds), seconds, tokens, ..."""
+        self._out.append({"pack": name, "time": round(self._clock(), 3), **numbers})
+
+    def close(self) -> None:
+        """No more lines."""
+        self._out.close()
+
+
+def read_ledger(storage: Storage) -> Book:
+    """The ledger below `storage`; an empty one where there is none."""
+    return fold(read_jsonl(storage, LEDGER))
+
+
+def fold(rows: Iterable[Mapping[str, Any]]) -> Book:
+    """Lines to trials."""
+    book = Book()
+    for row in rows:
+        if "trial" in row:
+            book.trials[row["trial"]] = _after(book.trials.get(row["trial"]), row)
+        elif "pack" in row:
+            book.packs[row["pack"]] = dict(row)
+    return book
+
+
+def _after(trial: Trial | None, row: Mapping[str, Any]) -> Trial:
+    """`trial` once `row` is added; a trial that is over changes no more."""
+    if trial is not None and trial.over:
+        return trial
+    step, now = int(row["step"]), float(row["time"])
+    metrics = {k: v for k, v in row.items() if k not in FACTS and isinstance(v, int | float)}
+    reports = () if trial is None else trial.reports
+    if metrics:
+        # Also drops what lay ahead: a trial that went back to a commit tells those steps again.
+        reports = (*(r for r in reports if r.step < step), Report(step, now, metrics))
+    donors = () if trial is None else trial.donors
+    return Trial(
+        id=row["trial"],
+        params=dict(row["params"]),
+        status=row["status"],
+        step=step,
+        reports=reports,
+        began=now if trial is None else trial.began,
+        ended=now,
+        error=row.get("error", ""),
+        donors=(*donors, (step, row["donor"])) if row.get("donor") else donors,
+        origin=row.get("origin", "" if trial is None else trial.origin),
+        pack=row.get("pack", "" if trial is None else trial.pack),
+    )

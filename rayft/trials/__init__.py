@@ -1,0 +1,1 @@
+"""N LoRA trials on one resident frozen base. No ray in here."""
