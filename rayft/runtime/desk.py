@@ -8,8 +8,8 @@ longest. A pack that dies is replaced; its trials come back by themselves.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -19,42 +19,12 @@ from rayft.config.run import Run
 from rayft.config.space import applied
 from rayft.core.errors import RayftError
 from rayft.core.storage import Storage
+from rayft.runtime.floor import Floor, Pack, prepare_elsewhere
 from rayft.runtime.pack_actor import Opening, PackHost
 from rayft.trials.plan import pack_key, why_alone
 from rayft.trials.types import NoRoom
 
-DEATHS = 3  # of one trial's hosts in a row before it is given up
-
-
-@dataclass(frozen=True)
-class Floor:
-    """What a desk works with: plain data."""
-
-    config: dict[str, Any]  # Run.resolved() of the sweep
-    home: str  # address of the sweep's folder
-    prepared: Prepared  # of the sweep's own data section
-    packs: int  # at most
-    slots: int
-    alone: int  # runs of their own at the same time
-    cpus: float  # of a pack
-    gpus: float
-    start: int  # number of this start of the sweep: part of attempt names
-    cwd: str
-    environment: dict[str, str]
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Pack:
-    """A host process, the key of what is loaded in it, and who is in."""
-
-    name: str
-    host: Any
-    key: str | None = None
-    trials: set[str] = field(default_factory=set)
-    full: bool = False  # refused for memory; until somebody leaves
-    opening: bool = False
-    stats: dict[str, float] = field(default_factory=dict)
+DEATHS = 3  # of one trial's hosts before it is given up
 
 
 @ray.remote(num_cpus=0)
@@ -121,7 +91,7 @@ class Desk:
             if pack.key is not None and not pack.opening:
                 try:
                     pack.stats = await asyncio.wait_for(pack.host.stats.remote(), 10)
-                except (ray.exceptions.RayError, asyncio.TimeoutError):
+                except (TimeoutError, ray.exceptions.RayError):
                     continue  # dead or busy: the last numbers stand
         return {
             "packs": {p.name: {**p.stats, "trials": len(p.trials)} for p in self._packs if p.stats},
@@ -257,16 +227,7 @@ class Desk:
 
     async def _prepared(self, run: Run) -> Prepared:
         """The tokenised data of a trial: the sweep's own, unless the space changes what is read."""
-        own = (run.data, run.model.path, run.model.revision, run.model.tokenizer)
-        base = self._base
-        own_template = run.model.chat_template
-        if (*own, own_template) == (
-            base.data,
-            base.model.path,
-            base.model.revision,
-            base.model.tokenizer,
-            base.model.chat_template,
-        ):
+        if _reads(run) == _reads(self._base):
             return self._floor.prepared
         return await prepare_elsewhere.remote(run.resolved(), self._floor.cwd)
 
@@ -277,10 +238,8 @@ class Desk:
             return
         host = place.host if isinstance(place, Pack) else place
         if told:
-            try:
+            with contextlib.suppress(ray.exceptions.RayActorError):  # gone, and the place with it
                 await host.leave.remote(trial, keep)
-            except ray.exceptions.RayActorError:
-                pass  # it is gone, and so is the trial's place in it
         if not isinstance(place, Pack):
             ray.kill(host)
             self._own.release()
@@ -298,14 +257,7 @@ class Desk:
             self._changed.notify_all()
 
 
-@ray.remote(num_cpus=1, max_retries=2)
-def prepare_elsewhere(config: dict[str, Any], cwd: str) -> Prepared:
-    """Tokenise what a trial reads, where the space changes its data."""
-    import os
-
-    from rayft.compose.data import prepare_data
-
-    os.chdir(cwd)
-    return prepare_data(
-        Run.model_validate(config), lambda function, items: list(map(function, items))
-    )
+def _reads(run: Run) -> tuple[Any, ...]:
+    """What decides the tokens."""
+    model = run.model
+    return run.data, model.path, model.revision, model.tokenizer, model.chat_template

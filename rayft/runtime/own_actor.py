@@ -16,7 +16,7 @@ from rayft.trials.types import Told
 
 @ray.remote(num_cpus=0, max_concurrency=8)
 class OwnHost:
-    """Holds one seat. `next` blocks in a thread of its own, so that `leave` and `save` get through."""
+    """Holds one seat. `next` blocks in a thread of its own: `leave` and `save` get through."""
 
     def __init__(self, cwd: str) -> None:
         if Path(cwd).is_dir():

@@ -3,6 +3,7 @@ the report. The same command continues a sweep that was cut off."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -18,7 +19,6 @@ from rayft.config.run import Run
 from rayft.core.errors import (
     ConfigError,
     DivergedError,
-    InfeasibleError,
     InterruptedRun,
     RayftError,
     StorageError,
@@ -28,16 +28,17 @@ from rayft.core.record import SweepRecord
 from rayft.core.storage import Storage
 from rayft.report import write_report
 from rayft.runtime import preflight
-from rayft.runtime.best import leave_best
+from rayft.runtime.best import copy_winner, refit, write_config
 from rayft.runtime.cluster import connected, hardware, nodes, passed_on
 from rayft.runtime.desk import Desk, Floor
 from rayft.runtime.interrupt import Interrupt, handling
-from rayft.runtime.room import Room, room_for
+from rayft.runtime.room import reasons_alone, room_for
 from rayft.runtime.search import Fixed, Search
 from rayft.runtime.spread import over_ray
 from rayft.runtime.sweepbook import SweepBook
-from rayft.runtime.sweepview import State, SweepView, sweep_view
+from rayft.runtime.sweepview import SweepView, sweep_view
 from rayft.runtime.tuning import Phase, scheduler
+from rayft.runtime.watch import Watch, state_of
 
 PERIOD = 0.5  # seconds between two looks at signals
 LOOK = 2.0  # seconds between two looks at the packs
@@ -126,11 +127,12 @@ class _Sweep:
         threading.Thread(target=_import_data, daemon=True).start()
         address = os.environ.get("RAY_ADDRESS")
         self.view.note(f"joining Ray at {address}" if address else "starting Ray on this machine")
-        with connected(dashboard=True):
+        with connected(dashboard=bool(reasons_alone(self.run)[1])):
             self.interrupt.arm()  # ray.init installs a SIGTERM handler that ends the process
             self.interrupt.check()
             living = nodes()
             room = room_for(self.run, living)
+            self.at_once = room.at_once
             preflight.storage_everywhere(self.book.home, living)
             from rayft.compose.data import prepare_data
 
@@ -162,17 +164,21 @@ class _Sweep:
             )
 
     def _phases(self, floor: Floor) -> None:
-        self.room = Room(floor.packs, floor.slots, floor.alone, floor.gpus, "")
         desk = Desk.options(name=f"rayft-{self.run.name}-desk-{os.getpid()}").remote(floor)
         try:
             ray.get(desk.open.remote())
             self._search(desk)
             self._seeds(desk)
             self._look(desk, force=True)
-            if self.book.best() is not None:
-                leave_best(self.book, floor, desk, self.view, self.interrupt)
+            best = self.book.summary()
+            if best is not None:
+                write_config(self.book.home, self.run, best, self.run.sweep.metric)
+                if not self.run.sweep.refit:
+                    self._copy(desk, best)
         finally:
             _close(desk)
+        if best is not None and self.run.sweep.refit:
+            self._refit(best)
 
     def _search(self, desk: Any) -> None:
         searcher = Search(self.run, self.book.book)
@@ -184,10 +190,10 @@ class _Sweep:
             desk,
             searcher,
             scheduler(self.run),
-            _Watch(self, desk),
+            Watch(self.book, desk, self._over),
             name_of=searcher.name_of,
             count=left,
-            most=min(left, self.room.at_once + WAITING),
+            most=min(left, self.at_once + WAITING),
         )
         self._follow(phase, desk)
         self.book.write(stopped_by=self.reason or "trials")
@@ -213,12 +219,26 @@ class _Sweep:
             desk,
             searcher,
             scheduler(self.run.model_copy(update={"sweep": _unscheduled(self.run)})),
-            _Watch(self, desk, endless=True),
+            Watch(self.book, desk, lambda: self.interrupt.asked),
             name_of=searcher.name_of,
             count=len(wanted),
             most=len(wanted),
         )
         self._follow(phase, desk)
+
+    def _copy(self, desk: Any, best: dict[str, Any]) -> None:
+        """best/ from the winner's own checkpoint, in a process that has torch loaded already."""
+        host = ray.get(desk.warm.remote())
+        asked = (self.book.home.uri, best["trial"])
+        said = ray.get(host.call.remote(copy_winner, *asked)) if host else copy_winner(*asked)
+        self.view.note(f"best: {said.splitlines()[0]}")
+
+    def _refit(self, best: dict[str, Any]) -> None:
+        """best/ trained again, for train.steps; the packs have left the cluster to it."""
+        self.view.note(f"{best['trial']} again, for {self.run.train.steps} steps")
+        record = refit(self.run, self.book.home, best, self.again)
+        metric = record.eval.get(self.run.sweep.metric)
+        self.book.write(refit={"metric": metric, "step": record.steps, "seconds": record.seconds})
 
     # ---- while a phase runs
 
@@ -265,7 +285,7 @@ class _Sweep:
             seen = ray.get(desk.look.remote(), timeout=10)
         except (ray.exceptions.RayError, TimeoutError):
             return
-        self.view.show(self._state(seen))
+        self.view.show(state_of(self.book, seen))
         self.packs = seen["packs"]
         if now - self._noted > LEDGER_PERIOD or force:
             self._noted = now
@@ -275,44 +295,6 @@ class _Sweep:
     def _tell(self) -> None:
         while self.book.news:
             self.view.note(self.book.news.pop(0))
-
-    def _state(self, seen: dict[str, Any]) -> State:
-        book, spec = self.book, self.run.sweep
-        trials = list(book.book.trials.values())
-        counts: dict[str, int] = {}
-        for trial in trials:
-            counts[trial.status] = counts.get(trial.status, 0) + 1
-        over = sum(trial.over for trial in trials)
-        total = max(spec.count, len(trials))
-        running = [
-            (
-                trial,
-                report.metrics[spec.metric]
-                if (report := trial.best(spec.metric, spec.mode))
-                else None,
-            )
-            for trial in trials
-            if not trial.over
-        ]
-        sign = 1 if spec.mode == "min" else -1
-        running.sort(key=lambda pair: (pair[1] is None, sign * (pair[1] or 0.0)))
-        packs = seen["packs"].values()
-        speed = sum(pack["tokens"] / pack["seconds"] for pack in packs if pack["seconds"])
-        base = next((r.metrics.get("base_loss") for t in trials for r in t.reports), None)
-        return State(
-            metric=spec.metric,
-            total=total,
-            counts=counts,
-            waiting=seen["waiting"],
-            slots=int(sum(pack["slots"] for pack in packs)),
-            busy=sum(pack["trials"] for pack in packs),
-            tokens_per_s=speed,
-            seconds=book.seconds,
-            left=book.seconds / over * (total - over) if over > 2 else None,
-            best=book.best(),
-            base=base if spec.metric == "eval_loss" else None,
-            running=running,
-        )
 
     # ---- the end
 
@@ -354,37 +336,6 @@ class _Sweep:
         self.view.note(f"report: {self.book.home.shown()}/report.html")
 
 
-class _Watch:
-    """tuning.Watcher: the book, and the desk that gets places back."""
-
-    def __init__(self, sweep: _Sweep, desk: Any, endless: bool = False) -> None:
-        self._sweep, self._book, self._desk, self._endless = sweep, sweep.book, desk, endless
-
-    def started(self, trial: str, params: dict[str, Any]) -> None:
-        """See tuning.Watcher."""
-        self._book.started(trial, params)
-
-    def told(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
-        """See tuning.Watcher."""
-        self._book.told(trial, params, result)
-
-    def ended(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
-        """See tuning.Watcher. The slot is asked back at once, so that the next trial gets it."""
-        if not self._book.interrupted:
-            running = result.get("standing", "running") == "running"
-            self._desk.leave.remote(trial, not running or self._book.is_best(trial))
-        self._book.ended(trial, params, result)
-
-    def broke(self, trial: str, params: dict[str, Any], why: str) -> None:
-        """See tuning.Watcher."""
-        self._desk.leave.remote(trial, False)
-        self._book.broke(trial, params, why)
-
-    def over(self) -> bool:
-        """See tuning.Watcher."""
-        return self._sweep.interrupt.asked if self._endless else self._sweep._over()
-
-
 def _unscheduled(run: Run) -> Any:
     from rayft.config.sweep import NoneSpec
 
@@ -393,16 +344,11 @@ def _unscheduled(run: Run) -> Any:
 
 def _close(desk: Any) -> None:
     """Let hosts commit and go; a desk that hangs is killed."""
-    try:
+    # what does not answer in time goes with the desk that owns it
+    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
         ray.get(desk.close.remote(), timeout=CLOSE)
-    except (ray.exceptions.RayError, TimeoutError):
-        pass  # the kill below ends its hosts too
-    finally:
-        ray.kill(desk)
+    ray.kill(desk)
 
 
 def _import_data() -> None:
     import rayft.compose.data  # noqa: F401  # only for the time it takes
-
-
-__all__ = ["InfeasibleError", "sweep"]
