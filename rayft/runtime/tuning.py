@@ -21,8 +21,8 @@ from ray.tune.schedulers import (
 from ray.tune.search import Searcher
 
 from rayft.config.run import Run
-from rayft.config.space import perturbable
 from rayft.config.sweep import AshaSpec, MedianSpec, PbtSpec
+from rayft.config.sweep_rules import perturbable
 from rayft.runtime.failure import first_line
 from rayft.runtime.trial import SCORE, SweepTrial
 
