@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayft.config.run import Run
-    from rayft.core.record import RunRecord
+    from rayft.core.record import RunRecord, SweepRecord
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "train"]
+__all__ = ["__version__", "load", "sweep", "train"]
 
 # By name, at the call: rooms may import rayft.__version__ without importing what is above them.
 _API = "rayft.api"
@@ -33,3 +33,10 @@ def load(config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] 
 def train(config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()) -> RunRecord:
     """Run, or continue the unfinished run of that name; see rayft.api.train."""
     return import_module(_API).train(config, overrides)
+
+
+def sweep(
+    config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()
+) -> SweepRecord:
+    """Run, or continue, the search of the config's sweep block; see rayft.api.sweep."""
+    return import_module(_API).sweep(config, overrides)

@@ -10,9 +10,9 @@ from rayft.config.load import load
 from rayft.config.run import Run
 
 if TYPE_CHECKING:
-    from rayft.core.record import RunRecord
+    from rayft.core.record import RunRecord, SweepRecord
 
-__all__ = ["load", "train"]
+__all__ = ["load", "sweep", "train"]
 
 
 def train(config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()) -> RunRecord:
@@ -23,5 +23,20 @@ def train(config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str]
     """
     run = load(config, overrides)
     from rayft.runtime.train import train as start  # torch and ray: only when training
+
+    return start(run)
+
+
+def sweep(
+    config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()
+) -> SweepRecord:
+    """Run, or continue, the search that the config's sweep block describes; `rayft sweep` is this
+    function.
+
+    Raises:
+        RayftError: see rayft.core.errors; each class has the command's exit code.
+    """
+    run = load(config, overrides)
+    from rayft.runtime.sweep import sweep as start  # ray: only when a sweep starts
 
     return start(run)

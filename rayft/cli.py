@@ -24,7 +24,7 @@ from rayft.core.errors import MAX_LINES, ConfigError, RayftError
 
 if TYPE_CHECKING:
     from rayft.config.run import Run
-    from rayft.core.record import RunRecord
+    from rayft.core.record import RunRecord, SweepRecord
 
 app = typer.Typer(
     help="Fine-tune language models on a Ray cluster, and find the best way to do it.",
@@ -98,6 +98,18 @@ def train(config: Config, overrides: Overrides = None) -> None:
     typer.echo("\n".join(_summary(record, folder)))
 
 
+@app.command()
+def sweep(config: Config, overrides: Overrides = None) -> None:
+    """Search the sweep block of a config, or continue; leaves best/ and report.html."""
+    run = rayft.load(config, overrides or ())
+    folder = f"{run.storage.rstrip('/')}/{run.name}"
+    _folder.set(folder)
+    from rayft.runtime.sweep import sweep as start
+
+    record = start(run, again=shlex.join(["rayft", "sweep", config, *(overrides or ())]))
+    typer.echo("\n".join(_found(record, folder)))
+
+
 @app.command("eval")
 def evaluate(
     where: Where,
@@ -168,6 +180,21 @@ def _summary(record: RunRecord, folder: str) -> list[str]:
     return lines
 
 
+def _found(record: SweepRecord, folder: str) -> list[str]:
+    """The last lines of a sweep."""
+    best = record.best or {}
+    before = record.base.get(record.metric)
+    base = "" if before is None else f" (base {before:.4f})"
+    lines = [f"{record.name}: {record.status}, {record.seconds:.0f} s"]
+    lines.append(f"  best: {best['trial']}, {record.metric} {best['metric']:.4f}{base}")
+    lines += [
+        f"    {path}: {value:.6g}" if isinstance(value, float) else f"    {path}: {value}"
+        for path, value in best["params"].items()
+    ]
+    lines += [f"  report: {folder}/report.html", f"  next: rayft export {folder}/best --merge"]
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code. The only place where errors are caught."""
     if not sys.stderr.isatty():  # before transformers is imported: no bars in a log
@@ -192,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _help(arguments: list[str] | None) -> str:
     """The help page nearest to what was typed."""
     word = next(iter(sys.argv[1:] if arguments is None else arguments), "")
-    known = ("check", "train", "eval", "export")
+    known = ("check", "train", "sweep", "eval", "export", "report")
     return f"rayft {word} --help" if word in known else "rayft --help"
 
 

@@ -201,10 +201,27 @@ class Run(Spec):
             data["strategy"].pop(key, None)
         return data
 
+    def sweep_identity(self) -> dict[str, Any]:
+        """What must not change when a sweep is continued: how long it goes on, when it may end and
+        how wide the packs are is free."""
+        data = self.identity()
+        block = self.resolved()["sweep"] or {}
+        for free in ("trials", "max_seconds", "target", "pack", "slots", "packs", "seeds", "refit"):
+            block.pop(free, None)
+        return data | {"sweep": block}
+
     def digest(self) -> str:
         """sha256 of `identity`, first 16 hex digits."""
-        text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest(self.identity())
+
+    def sweep_digest(self) -> str:
+        """sha256 of `sweep_identity`, first 16 hex digits."""
+        return _digest(self.sweep_identity())
+
+
+def _digest(data: dict[str, Any]) -> str:
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 __all__ = [

@@ -87,23 +87,28 @@ class Ledger:
         params: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
         **facts: str,
-    ) -> None:
-        """One line; the end of a trial is durable on return.
+    ) -> dict[str, Any]:
+        """One line, as written; the end of a trial is durable on return.
 
         Args:
+            metrics: finite numbers.
             facts: error, donor, origin, pack.
 
         Raises:
             StorageError: it could not be written.
         """
         line = {"trial": trial, "time": round(self._clock(), 3), "status": status, "step": step}
-        self._out.append({**line, "params": dict(params), **facts, **(metrics or {})})
+        line |= {"params": dict(params), **facts, **(metrics or {})}
+        self._out.append(line)
         if status in ENDED:
             self._out.flush()
+        return line
 
-    def pack(self, name: str, numbers: Mapping[str, float]) -> None:
+    def pack(self, name: str, numbers: Mapping[str, float]) -> dict[str, Any]:
         """How full a pack has been so far: slots, busy (slot-seconds), seconds, tokens, ..."""
-        self._out.append({"pack": name, "time": round(self._clock(), 3), **numbers})
+        line = {"pack": name, "time": round(self._clock(), 3), **numbers}
+        self._out.append(line)
+        return line
 
     def close(self) -> None:
         """No more lines."""
@@ -115,9 +120,9 @@ def read_ledger(storage: Storage) -> Book:
     return fold(read_jsonl(storage, LEDGER))
 
 
-def fold(rows: Iterable[Mapping[str, Any]]) -> Book:
-    """Lines to trials."""
-    book = Book()
+def fold(rows: Iterable[Mapping[str, Any]], book: Book | None = None) -> Book:
+    """Lines to trials; added to `book` where one is given."""
+    book = Book() if book is None else book
     for row in rows:
         if "trial" in row:
             book.trials[row["trial"]] = _after(book.trials.get(row["trial"]), row)

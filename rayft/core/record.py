@@ -78,7 +78,7 @@ class SweepRecord:
     refit: dict[str, Any] | None = None  # {"metric", "step", "seconds"} of the winner's last run
     seconds: float = 0.0  # wall clock over all starts of the sweep
     cost: dict[str, float] = field(default_factory=dict)
-    # cost: "trial_seconds" engine seconds spent, "saved_by_stopping" and "saved_by_packing" seconds,
+    # "trial_seconds" engine seconds spent, "saved_by_stopping" and "saved_by_packing" seconds,
     # "start_seconds" a run of its own spends before its first step; how: report/savings
     starts: int = 0  # of the driver
     params_total: int = 0

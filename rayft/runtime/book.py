@@ -7,7 +7,7 @@ import platform
 import secrets
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -198,7 +198,12 @@ def _previous(home: Storage, run: Run) -> RunRecord:
         ) from error
     if record.config_hash != run.digest():
         raise ConfigError(
-            "\n".join([f"run {run.name} exists with another config:", *changes(record, run)]),
+            "\n".join(
+                [
+                    f"run {run.name} exists with another config:",
+                    *changes_between(record.config, run, Run.identity),
+                ]
+            ),
             where=home.shown(RECORD),
             fix=_AGAIN,
         )
@@ -206,13 +211,15 @@ def _previous(home: Storage, run: Run) -> RunRecord:
     return replace(record, config=run.resolved())
 
 
-def changes(record: RunRecord, run: Run) -> list[str]:
-    """`key: before -> now` for everything that must not change."""
+def changes_between(
+    config: dict[str, Any], run: Run, identity: Callable[[Run], dict[str, Any]]
+) -> list[str]:
+    """`key: before -> now` for everything of `identity` that must not change."""
     try:
-        before = flat(Run.model_validate(record.config).identity())
+        before = flat(identity(Run.model_validate(config)))
     except ValidationError:
-        before = flat(record.config)
-    now = flat(run.identity())
+        before = flat(config)
+    now = flat(identity(run))
     missing = "(absent)"
     return [
         f"  {key}: {before.get(key, missing)} -> {now.get(key, missing)}"

@@ -30,9 +30,12 @@ _LOCAL = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(dashboard: bool = False) -> Iterator[None]:
     """A Ray cluster inside the block. One that was there before (ray.init in a notebook,
     RAY_ADDRESS, a job) stays; one that was started here ends with the block.
+
+    Args:
+        dashboard: a local Ray gets its dashboard even where the environment says otherwise.
 
     Environment: RAY_ADDRESS joins; RAYFT_DASHBOARD=0 starts a local Ray without its dashboard;
     RAYFT_RAY_LOGS=1 shows the workers' output; RAY_TMPDIR moves Ray's files.
@@ -48,7 +51,7 @@ def connected() -> Iterator[None]:
         "log_to_driver": loud,
         "logging_level": logging.INFO if loud else logging.ERROR,
     }
-    _start(options)
+    _start(options, dashboard)
     try:
         with nullcontext() if loud else redirect_stdout(_WithoutRaylet(sys.stdout)):
             yield
@@ -72,7 +75,7 @@ class _WithoutRaylet(io.TextIOBase):
         self._out.flush()
 
 
-def _start(options: dict) -> None:
+def _start(options: dict, dashboard: bool) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith(("http://", "https://", "ray://")):
         raise ConfigError(
@@ -86,7 +89,7 @@ def _start(options: dict) -> None:
         options |= {
             "address": "local",
             "object_store_memory": min(OBJECT_STORE, _memory() // 10),
-            "include_dashboard": os.environ.get("RAYFT_DASHBOARD", "1") != "0",
+            "include_dashboard": dashboard or os.environ.get("RAYFT_DASHBOARD", "1") != "0",
         }
     try:
         ray.init(**options)

@@ -19,8 +19,8 @@ class Told:
     metrics: dict[str, float]
     """All of the last evaluation (eval_loss, eval_ppl, eval_loss/TASK, ...), and: loss (of the last
     step), base_loss (eval_loss of the base model), tokens (trained targets so far), seconds (engine
-    seconds charged to this trial so far, its share of packed steps), params_trainable, memory (bytes
-    charged to it: a pack's peak over its slots; on its own the run's peak)."""
+    seconds charged to this trial so far, its share of packed steps), params_trainable, memory
+    (bytes charged to it: a pack's peak over its slots; on its own the run's peak)."""
     standing: Standing = "running"
     error: str = ""
 

@@ -1,0 +1,72 @@
+"""`best/`: the winner as a run's folder: config, checkpoint, evaluation and export."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayft.config.run import Run
+from rayft.config.space import applied
+from rayft.core.record import RunRecord
+from rayft.core.storage import Storage
+
+BEST = "best"
+_HEAD = """\
+# The best of sweep {sweep}: trial {trial}, {metric} {value:.6g} at step {step}.
+# rayft train {place}/config.yaml    trains it again, as run {name}
+"""
+
+
+def write_config(home: Storage, run: Run, best: dict[str, Any], metric: str) -> None:
+    """best/config.yaml: what the winner ran with, under a name of its own."""
+    name = f"{run.name}-best"
+    winner = applied(run, best["params"], name=name, storage=run.storage)
+    head = _HEAD.format(
+        sweep=run.name,
+        trial=best["trial"],
+        metric=metric,
+        value=best["metric"],
+        step=best["step"],
+        place=home.shown(BEST),
+        name=name,
+    )
+    body = {key: value for key, value in winner.resolved().items() if key != "sweep"}
+    home.write_text(f"{BEST}/config.yaml", head + yaml.safe_dump(body, sort_keys=False))
+
+
+def copy_winner(home: str, trial: str) -> str:
+    """Copy a trial's record, metrics and best commit to best/, and export it there; the export's
+    address. Runs where torch is loaded."""
+    from rayft.compose.manifest import FOLDER
+    from rayft.compose.offline import export_run
+    from rayft.compose.publish import choose_commit
+
+    sweep = Storage.open(home)
+    source, target = sweep.child("trials", trial), sweep.child(BEST)
+    record = RunRecord.from_json(source.read_text("run.json"))
+    commit = choose_commit(source, record)
+    for old in ("checkpoints", "export", "metrics.jsonl"):
+        target.delete(old)
+    wanted = [f"{FOLDER}/{commit.name}/{e.name}" for e in source.list(f"{FOLDER}/{commit.name}")]
+    # COMMIT.json last: a reader must never see half a checkpoint
+    wanted.sort(key=lambda name: name.endswith("COMMIT.json"))
+    wanted += [e.name for e in source.list() if e.name.startswith("metrics")]
+    with tempfile.TemporaryDirectory(prefix="rayft-best-") as folder:
+        for name in wanted:
+            local = source.download(name, Path(folder) / "file")
+            target.upload(local, name)
+    config = record.config | {"name": BEST, "storage": sweep.uri}
+    target.write_text("run.json", replace(record, name=BEST, config=config).to_json())
+    return export_run(target.uri)
+
+
+def refit(run: Run, home: Storage, best: dict[str, Any], again: str) -> RunRecord:
+    """Train the winner from the start for the config's own train.steps, in best/."""
+    from rayft.runtime.train import train
+
+    searched = run.model_copy(update={"sweep": run.sweep.model_copy(update={"steps": None})})
+    return train(applied(searched, best["params"], name=BEST, storage=home.uri), again=again)

@@ -1,0 +1,263 @@
+"""The front desk of a sweep: gives every trial a host, and takes the place back.
+
+One asynchronous actor. Trials that may share a frozen base wait for a slot in a pack; all others
+wait for their turn as a Ray Train run of their own. A freed place goes to whoever has waited
+longest. A pack that dies is replaced; its trials come back by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from typing import Any
+
+import ray
+
+from rayft.compose.job import Job, Prepared
+from rayft.config.run import Run
+from rayft.config.space import applied
+from rayft.core.errors import RayftError
+from rayft.core.storage import Storage
+from rayft.runtime.floor import Floor, Pack, prepare_elsewhere
+from rayft.runtime.pack_actor import Opening, PackHost
+from rayft.trials.plan import pack_key, why_alone
+from rayft.trials.types import NoRoom
+
+DEATHS = 3  # of one trial's hosts before it is given up
+
+
+@ray.remote(num_cpus=0)
+class Desk:
+    """See the head of this file."""
+
+    def __init__(self, floor: Floor) -> None:
+        self._floor = floor
+        self._base = Run.model_validate(floor.config)
+        self._packs: list[Pack] = []
+        self._where: dict[str, Pack | Any] = {}  # trial -> Pack, or the handle of its own host
+        self._origin: dict[str, dict[str, Any]] = {}
+        self._deaths: dict[str, int] = {}
+        self._changed = asyncio.Condition()
+        self._queue: list[str] = []  # trials that wait for a slot, longest first
+        self._joins = 0
+        self._own = asyncio.Semaphore(floor.alone)
+        self._stopping = False
+
+    async def open(self) -> None:
+        """Start the processes of all packs; they load torch while trials are still drawn."""
+        if self._base.sweep and self._base.sweep.pack == "auto":
+            self._packs = [self._new(f"pack-{index}") for index in range(self._floor.packs)]
+
+    async def enter(self, trial: str, params: dict[str, Any], source: dict[str, Any] | None) -> Any:
+        """Wait for a place; the handle of the host that trains `trial` from now on.
+
+        Args:
+            source: {"trial", "folder"} to continue another trial's state with these params.
+
+        Raises:
+            RayftError: it can never run; `ConfigError` for params that make no valid config.
+        """
+        await self._free(trial, keep=False, told=True)
+        home = Storage.open(self._floor.home).child("trials").uri
+        run = applied(self._base, params, name=trial, storage=home)
+        folder = source["folder"] if source else None
+        if self._base.sweep.pack == "off" or why_alone(run):
+            return await self._alone(trial, run, folder)
+        return await self._packed(trial, run, folder)
+
+    async def leave(self, trial: str, keep: bool) -> None:
+        """The trial is over, or moves: its place is free."""
+        await self._free(trial, keep=keep, told=True)
+
+    async def lost(self, trial: str) -> None:
+        """The trial's host died: count it, replace a pack, and let the trial enter again.
+
+        Raises:
+            RayftError: its hosts have died too often.
+        """
+        place = self._where.get(trial)
+        self._deaths[trial] = self._deaths.get(trial, 0) + 1
+        await self._free(trial, keep=True, told=False)
+        if isinstance(place, Pack) and place in self._packs:
+            self._packs[self._packs.index(place)] = self._new(place.name)
+        await self._notify()
+        if self._deaths[trial] >= DEATHS:
+            raise RayftError(f"the process that trained {trial} died {DEATHS} times")
+
+    async def look(self) -> dict[str, Any]:
+        """For people: packs by name with their numbers, and how many trials wait."""
+        for pack in self._packs:
+            if pack.key is not None and not pack.opening:
+                try:
+                    pack.stats = await asyncio.wait_for(pack.host.stats.remote(), 10)
+                except (TimeoutError, ray.exceptions.RayError):
+                    continue  # dead or busy: the last numbers stand
+        return {
+            "packs": {p.name: {**p.stats, "trials": len(p.trials)} for p in self._packs if p.stats},
+            "waiting": len(self._queue),
+            "alone": sum(not isinstance(place, Pack) for place in self._where.values()),
+        }
+
+    async def warm(self) -> Any:
+        """A process that has torch loaded and is free for other work; None without packs."""
+        return self._packs[0].host if self._packs else None
+
+    async def close(self) -> None:
+        """Everyone who is still in is committed; then all hosts go."""
+        self._stopping = True
+        for trial in list(self._where):
+            if not isinstance(self._where[trial], Pack):
+                await self._free(trial, keep=True, told=True)
+        ends = [pack.host.close.remote() for pack in self._packs if pack.key is not None]
+        await asyncio.gather(*ends, return_exceptions=True)
+
+    # ---- packs
+
+    def _new(self, name: str) -> Pack:
+        floor = self._floor
+        options: dict[str, Any] = {
+            "name": f"rayft-{self._base.name}-{name}-{secrets.token_hex(2)}",
+            "num_cpus": floor.cpus,
+            "max_concurrency": 1000,
+        }
+        if floor.gpus:
+            options["num_gpus"] = floor.gpus
+        if floor.environment:
+            options["runtime_env"] = {"env_vars": floor.environment}
+        threads = max(1, int(floor.cpus))
+        host = PackHost.options(**options).remote(floor.cwd, threads, floor.gpus > 0)
+        return Pack(name, host)
+
+    async def _packed(self, trial: str, run: Run, source: str | None) -> Any:
+        while True:
+            pack = await self._slot(trial, run)
+            self._where[trial] = pack
+            alone = len(pack.trials) == 1
+            try:
+                await self._open_for(pack, run)
+                await pack.host.join.remote(await self._job(run), source)
+                return pack.host
+            except ray.exceptions.RayActorError:
+                await self.lost(trial)
+            except ray.exceptions.RayTaskError as error:
+                await self._forget(trial)
+                if alone or not isinstance(error.cause, NoRoom):
+                    raise
+                pack.full = bool(pack.trials)
+
+    async def _slot(self, trial: str, run: Run) -> Pack:
+        """A place in the emptiest pack that may take the trial, once there is one."""
+        key = pack_key(run)
+        async with self._changed:
+            self._queue.append(trial)
+            try:
+                while (pack := self._choose(key)) is None:
+                    await self._changed.wait()  # wakes in the order of waiting
+            finally:
+                self._queue.remove(trial)
+            pack.trials.add(trial)
+            return pack
+
+    def _choose(self, key: str) -> Pack | None:
+        fit = [
+            pack
+            for pack in self._packs
+            if pack.key == key and len(pack.trials) < self._floor.slots and not pack.full
+        ]
+        # An empty one of another kind is as good as a new one: only its base has to be loaded.
+        empty = [pack for pack in self._packs if not pack.trials]
+        candidates = sorted(fit, key=lambda pack: len(pack.trials))
+        fresh = [pack for pack in empty if pack.key is None] or empty
+        if candidates and (candidates[0].trials == set() or not fresh):
+            return candidates[0]
+        return fresh[0] if fresh else None
+
+    async def _open_for(self, pack: Pack, run: Run) -> None:
+        """Load the base for this kind of trial; others that come meanwhile wait for it."""
+        key = pack_key(run)
+        if pack.key == key:
+            while pack.opening:
+                async with self._changed:
+                    await self._changed.wait()
+            return
+        pack.key, pack.opening = key, True
+        prepared = await self._prepared(run)
+        try:
+            await pack.host.open.remote(
+                Opening(
+                    config=run.resolved(),
+                    data_dir=prepared.uri,
+                    data_hash=prepared.hash,
+                    slots=self._floor.slots,
+                    divergence=self._base.sweep.divergence,
+                    facts=self._floor.facts,
+                )
+            )
+        except ray.exceptions.RayError:
+            pack.key = None
+            raise
+        finally:
+            pack.opening = False
+            await self._notify()
+
+    # ---- runs of their own
+
+    async def _alone(self, trial: str, run: Run, source: str | None) -> Any:
+        from rayft.runtime.own_actor import OwnHost  # only here: it knows Ray Train
+
+        await self._own.acquire()
+        name = f"rayft-{self._base.name}-{trial}"
+        host = OwnHost.options(name=f"{name}-{secrets.token_hex(2)}").remote(self._floor.cwd)
+        self._where[trial] = host
+        prepared = await self._prepared(run)
+        await host.begin.remote(
+            run.resolved(), prepared, source, self._floor.facts, self._base.sweep.divergence
+        )
+        return host
+
+    # ---- both
+
+    async def _job(self, run: Run) -> Job:
+        prepared = await self._prepared(run)
+        self._joins += 1
+        # digits that grow, then a letter: older attempts of the trial are fenced off by number
+        attempt = f"{self._floor.start * 100_000 + self._joins}x{secrets.token_hex(3)}"
+        return Job(run.resolved(), run.digest(), attempt, prepared.uri, prepared.hash)
+
+    async def _prepared(self, run: Run) -> Prepared:
+        """The tokenised data of a trial: the sweep's own, unless the space changes what is read."""
+        if _reads(run) == _reads(self._base):
+            return self._floor.prepared
+        return await prepare_elsewhere.remote(run.resolved(), self._floor.cwd)
+
+    async def _free(self, trial: str, *, keep: bool, told: bool) -> None:
+        """Take the place back; `told`: the host still has to be told."""
+        place = self._where.get(trial)
+        if place is None:
+            return
+        host = place.host if isinstance(place, Pack) else place
+        if told:
+            with contextlib.suppress(ray.exceptions.RayActorError):  # gone, and the place with it
+                await host.leave.remote(trial, keep)
+        if not isinstance(place, Pack):
+            ray.kill(host)
+            self._own.release()
+        await self._forget(trial)
+
+    async def _forget(self, trial: str) -> None:
+        place = self._where.pop(trial, None)
+        if isinstance(place, Pack):
+            place.trials.discard(trial)
+            place.full = False
+        await self._notify()
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+
+def _reads(run: Run) -> tuple[Any, ...]:
+    """What decides the tokens."""
+    model = run.model
+    return run.data, model.path, model.revision, model.tokenizer, model.chat_template

@@ -1,0 +1,54 @@
+"""What the front desk works with: the cluster's share of a sweep, and one pack process."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from rayft.compose.job import Prepared
+from rayft.config.run import Run
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a desk works with: plain data."""
+
+    config: dict[str, Any]  # Run.resolved() of the sweep
+    home: str  # address of the sweep's folder
+    prepared: Prepared  # of the sweep's own data section
+    packs: int  # at most
+    slots: int
+    alone: int  # runs of their own at the same time
+    cpus: float  # of a pack
+    gpus: float
+    start: int  # number of this start of the sweep: part of attempt names
+    cwd: str
+    environment: dict[str, str]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Pack:
+    """A host process, the key of what is loaded in it, and who is in."""
+
+    name: str
+    host: Any
+    key: str | None = None
+    trials: set[str] = field(default_factory=set)
+    full: bool = False  # refused for memory; until somebody leaves
+    opening: bool = False
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+@ray.remote(num_cpus=1, max_retries=2)
+def prepare_elsewhere(config: dict[str, Any], cwd: str) -> Prepared:
+    """Tokenise what a trial reads, where the space changes its data."""
+    from rayft.compose.data import prepare_data
+
+    os.chdir(cwd)
+    return prepare_data(
+        Run.model_validate(config), lambda function, items: list(map(function, items))
+    )

@@ -1,0 +1,187 @@
+"""A pack as a Ray actor: one thread trains, an event loop answers.
+
+The thread alternates between the commands that have come in (join, leave, save) and one packed
+step, so whoever leaves or joins does so at the next step border.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rayft.compose.job import Job
+from rayft.trials.types import Told
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a host needs to open a pack: plain data."""
+
+    config: dict[str, Any]  # of any trial of this pack
+    data_dir: str
+    data_hash: str
+    slots: int
+    divergence: float
+    facts: dict[str, Any]
+
+
+@ray.remote(max_restarts=0)
+class PackHost:
+    """Holds one trials.pack.Pack at a time."""
+
+    def __init__(self, cwd: str, threads: int, gpu: bool) -> None:
+        if Path(cwd).is_dir():
+            os.chdir(cwd)  # a relative model path means the driver's
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told: dict[str, asyncio.Queue[Told]] = {}
+        self._ended: dict[str, Told] = {}
+        self._broken: str | None = None
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future]] = (
+            queue.SimpleQueue()
+        )
+        self._threads, self._gpu = threads, gpu
+        self._pack: Any = None
+        threading.Thread(target=self._work, name="pack", daemon=True).start()
+
+    # ---- asked from outside
+
+    async def open(self, opening: Opening) -> None:
+        """Load the base and the data; a pack that was open is closed first."""
+        await self._ask(lambda: self._open(opening))
+
+    async def join(self, job: Job, source: str | None) -> int:
+        """Admit a trial; the step it continues from.
+
+        Raises:
+            NoRoom: not now. ConfigError, InfeasibleError: never.
+        """
+        name = job.config["name"]
+        self._told[name] = asyncio.Queue()
+        self._ended.pop(name, None)
+        return await self._ask(lambda: self._pack.admit(job, source))
+
+    async def next(self, trial: str) -> Told:
+        """The next report of a trial; its last one again and again once it is over."""
+        if trial in self._ended:
+            return self._ended[trial]
+        told = await self._told[trial].get()
+        if told.standing != "running":
+            self._ended[trial] = told
+        return told
+
+    async def leave(self, trial: str, keep: bool) -> None:
+        """Free the slot; nothing when the trial has left already."""
+        await self._ask(lambda: self._leave(trial, keep))
+        waiting = self._told.pop(trial, None)
+        if waiting is not None:  # nobody may wait for a trial that says nothing more
+            waiting.put_nowait(Told(trial, 0, {}, "failed", "it was told to leave"))
+
+    async def save(self, trial: str) -> str:
+        """Commit a trial's present state; the address of its checkpoint folder."""
+        return await self._ask(lambda: self._pack.commit(trial))
+
+    async def stats(self) -> dict[str, float]:
+        """How full and how fast; {} before a pack is open."""
+        return await self._ask(lambda: self._pack.stats() if self._pack else {})
+
+    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function in this warm process, between two steps."""
+        return await self._ask(lambda: function(*arguments))
+
+    async def close(self) -> None:
+        """Commit whoever is still in, and let go."""
+        await self._ask(self._close)
+
+    async def _ask(self, action: Callable[[], Any]) -> Any:
+        self._loop = asyncio.get_running_loop()
+        future = self._loop.create_future()
+        self._commands.put((action, future))
+        return await future
+
+    # ---- the training thread
+
+    def _work(self) -> None:
+        import torch  # slow; the actor answers meanwhile
+
+        from rayft.models.quiet import hush
+        from rayft.trials import pack  # noqa: F401  # so that opening one only loads the model
+
+        hush()
+        torch.set_num_threads(self._threads)
+        while True:
+            self._obey(wait=not (self._pack and self._pack.trials))
+            if self._pack and self._pack.trials:
+                self._step()
+
+    def _obey(self, wait: bool) -> None:
+        """Carry out every command that waits; with `wait`, at least one."""
+        while wait or not self._commands.empty():
+            action, future = self._commands.get()
+            wait = False
+            try:
+                self._answer(future, action(), None)
+            except Exception as error:  # belongs to whoever asked
+                self._answer(future, None, error)
+
+    def _answer(self, future: asyncio.Future, value: Any, error: Exception | None) -> None:
+        def settle() -> None:
+            if future.cancelled():
+                return
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error)
+
+        self._loop.call_soon_threadsafe(settle)
+
+    def _step(self) -> None:
+        inside = self._pack.trials
+        try:
+            told = self._pack.step()
+        except Exception as error:  # the pack is lost; every trial in it must learn why
+            text = f"{type(error).__name__}: {error}"
+            trace = traceback.format_exc()
+            told = [Told(name, 0, {}, "failed", f"{text}\n{trace}") for name in inside]
+            self._pack = None
+        self._loop.call_soon_threadsafe(self._deliver, told)
+
+    def _deliver(self, told: list[Told]) -> None:
+        for one in told:
+            if one.trial in self._told:
+                self._told[one.trial].put_nowait(one)
+
+    def _open(self, opening: Opening) -> None:
+        import torch
+
+        from rayft.config.run import Run
+        from rayft.trials.pack import Pack
+
+        self._close()
+        device = torch.device("cuda", 0) if self._gpu else torch.device("cpu")
+        self._pack = Pack(
+            Run.model_validate(opening.config),
+            opening.data_dir,
+            opening.data_hash,
+            device,
+            slots=opening.slots,
+            facts=opening.facts,
+            divergence=opening.divergence,
+        )
+
+    def _leave(self, trial: str, keep: bool) -> None:
+        if self._pack and trial in self._pack.trials:
+            self._pack.leave(trial, keep=keep)
+
+    def _close(self) -> None:
+        if self._pack is not None:
+            self._pack.close()
+            self._pack = None

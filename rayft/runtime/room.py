@@ -1,0 +1,106 @@
+"""How many trials a cluster holds at the same time: packs, slots in them, and runs of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+
+from rayft.config.run import Run
+from rayft.config.space import applied
+from rayft.core.errors import ConfigError, InfeasibleError
+from rayft.runtime import preflight
+from rayft.runtime.cluster import Node, ceiling
+from rayft.trials.plan import default_slots, why_alone
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a sweep may use."""
+
+    packs: int
+    slots: int  # per pack
+    alone: int  # runs of their own at the same time
+    gpus: float  # of a pack
+    sentence: str  # for people
+
+    @property
+    def at_once(self) -> int:
+        """Trials that can train at the same time."""
+        return self.packs * self.slots + self.alone
+
+
+def reasons_alone(run: Run) -> tuple[bool, list[str]]:
+    """Whether some trial of the space can pack, and why others cannot (clauses, each once).
+
+    Every value of the space is looked at on its own, the ends of ranges for the whole range.
+    """
+    if run.sweep.pack == "off":
+        return False, ["sweep.pack is off"]
+    found: dict[str, None] = {}
+    some = False
+    for name, domain in run.sweep.space.items():
+        for value in domain.ends():
+            params = value if domain.paired else {name: value}
+            try:
+                why = why_alone(applied(run, params))
+            except ConfigError:
+                continue  # a value that only works together with another one
+            some = some or not why
+            if why:
+                found[why] = None
+    return some, list(found)
+
+
+def room_for(run: Run, living: Sequence[Node]) -> Room:
+    """The room for `run`'s sweep on these nodes.
+
+    Raises:
+        InfeasibleError: no trial fits, or runs of their own would hang without a dashboard.
+    """
+    packable, reasons = reasons_alone(run)
+    gpus = preflight.gpus_per_worker(run, living)
+    alone = 0
+    if reasons:
+        # What a trial asks for, at most; too little for even one is refused here.
+        preflight.feasible(run, living, gpus, ceiling())
+        if ray._private.worker.get_dashboard_url() in (None, ""):
+            raise InfeasibleError(
+                "this Ray cluster has no dashboard, and trials that run on their own would hang",
+                cause="without it Ray frees no placement group of a stopped run",
+                fix="pip install 'ray[default]' on all nodes, and start Ray with its dashboard",
+            )
+        need = preflight.resources(run.scale, gpus)
+        alone = preflight.fitting(living, need, run.scale.placement) // preflight.span(run.scale)[0]
+    packs = _packs(run, living, gpus) if packable else 0
+    if packs and alone:  # a mixed space: half each
+        packs, alone = max(1, packs // 2), max(1, alone // 2)
+    slots = run.sweep.slots or default_slots(gpus > 0)
+    packs = min(packs, run.sweep.count)
+    if packs * slots > run.sweep.count:  # fewer trials than slots: spread over the packs
+        slots = -(-run.sweep.count // packs)
+    return Room(packs, slots, alone, gpus, _sentence(packs, slots, alone, gpus, reasons))
+
+
+def _packs(run: Run, living: Sequence[Node], gpus: float) -> int:
+    need = {"CPU": run.scale.cpus} | ({"GPU": gpus} if gpus else {})
+    most = preflight.fitting(living, need, "PACK")
+    if most == 0:
+        raise InfeasibleError(
+            f"no node has {run.scale.cpus:g} CPU" + f" and {gpus:g} GPU" * bool(gpus),
+            cause="a pack needs that much",
+            fix="lower scale.cpus or scale.gpus",
+        )
+    return min(most, run.sweep.packs or most)
+
+
+def _sentence(packs: int, slots: int, alone: int, gpus: float, reasons: list[str]) -> str:
+    parts = []
+    if packs:
+        where = "GPU" if gpus else "CPU core"
+        parts.append(f"{packs} packs of {slots} trials, one per {where}")
+    if alone:
+        why = "; ".join(reasons)
+        parts.append(f"{alone} trials at a time as runs of their own ({why})")
+    return ", ".join(parts)

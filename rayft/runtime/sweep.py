@@ -1,0 +1,354 @@
+"""`rayft sweep` and `rayft.sweep`: search, repeat the winner with other seeds, leave the best and
+the report. The same command continues a sweep that was cut off."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rayft.config.rules import refuse
+from rayft.config.run import Run
+from rayft.core.errors import (
+    ConfigError,
+    DivergedError,
+    InterruptedRun,
+    RayftError,
+    StorageError,
+)
+from rayft.core.lease import Lease
+from rayft.core.record import SweepRecord
+from rayft.core.storage import Storage
+from rayft.report import write_report
+from rayft.runtime import preflight
+from rayft.runtime.best import copy_winner, refit, write_config
+from rayft.runtime.cluster import connected, hardware, nodes, passed_on
+from rayft.runtime.desk import Desk, Floor
+from rayft.runtime.interrupt import Interrupt, handling
+from rayft.runtime.room import reasons_alone, room_for
+from rayft.runtime.search import Fixed, Search
+from rayft.runtime.spread import over_ray
+from rayft.runtime.sweepbook import SweepBook
+from rayft.runtime.sweepview import SweepView, sweep_view
+from rayft.runtime.tuning import Phase, scheduler
+from rayft.runtime.watch import Watch, state_of
+
+PERIOD = 0.5  # seconds between two looks at signals
+LOOK = 2.0  # seconds between two looks at the packs
+WAITING = 3  # trials that wait so that a freed slot is taken at the next step
+LEDGER_PERIOD = 15.0  # seconds between two lines on the packs
+CLOSE = 60.0  # seconds that hosts get to commit and go
+
+
+def sweep(run: Run, *, again: str = "the same command") -> SweepRecord:
+    """Run the sweep until it is done, through failures; a done sweep is returned as it is.
+
+    Raises:
+        ConfigError, DataError, InfeasibleError, StorageError: exit codes 2, 3, 4, 6.
+        DivergedError: every trial diverged; the report is there all the same (5).
+        InterruptedRun: stopped by a signal; the same command continues it (75).
+        RayftError: no trial came to an end.
+    """
+    if run.sweep is None:
+        raise ConfigError("this config has no sweep block", where="sweep", fix=_EXAMPLE)
+    refuse(run)
+    view = sweep_view()
+    home = Storage.open(run.storage).child(run.name)
+    try:
+        with handling() as interrupt, Lease.held(home) as lease:
+            book = SweepBook(home, run)
+            try:
+                return _Sweep(run, book, view, interrupt, lease, again).go()
+            finally:
+                book.close()
+    finally:
+        view.close()
+
+
+_EXAMPLE = "add e.g. sweep: {space: {methods.0.rank: {choice: [8, 16, 32]}}}"
+
+
+class _Sweep:
+    """One start of a sweep, on the driver."""
+
+    def __init__(
+        self,
+        run: Run,
+        book: SweepBook,
+        view: SweepView,
+        interrupt: Interrupt,
+        lease: Lease,
+        again: str,
+    ) -> None:
+        self.run, self.book, self.view, self.again = run, book, view, again
+        self.interrupt, self.lease = interrupt, lease
+        self.reason = ""  # why the search ended early
+        self.packs: dict[str, Any] = {}
+        self._looked = self._noted = 0.0
+
+    # ---- from start to end
+
+    def go(self) -> SweepRecord:
+        """All phases."""
+        book, shown = self.book, self.book.home.shown()
+        known = book.book.trials.values()
+        if book.record.status == "done" and not self._missing():
+            self.view.note(f"sweep {self.run.name} is done: {shown}/report.html")
+            return book.record
+        if known:
+            over = sum(trial.over for trial in known)
+            self.view.note(f"continuing sweep {self.run.name}: {over} trials over, {shown}")
+        try:
+            with self._cluster() as floor:
+                self._phases(floor)
+        except BaseException as error:
+            self._broke(error)
+            raise
+        return self._finish()
+
+    def _missing(self) -> bool:
+        """A done sweep may be asked for more trials, or for more seeds."""
+        searched = len(self.book.searched())
+        more = searched < self.run.sweep.count and self.book.record.stopped_by == "trials"
+        repeated = sum(bool(trial.origin) for trial in self.book.book.trials.values())
+        return more or repeated < self.run.sweep.seeds - 1
+
+    @contextmanager
+    def _cluster(self) -> Iterator[Floor]:
+        """Ray, the data, and everything that can be refused before the first trial."""
+        # The driver needs transformers to find the data; Ray takes as long to start.
+        threading.Thread(target=_import_data, daemon=True).start()
+        address = os.environ.get("RAY_ADDRESS")
+        self.view.note(f"joining Ray at {address}" if address else "starting Ray on this machine")
+        with connected(dashboard=bool(reasons_alone(self.run)[1])):
+            self.interrupt.arm()  # ray.init installs a SIGTERM handler that ends the process
+            self.interrupt.check()
+            living = nodes()
+            room = room_for(self.run, living)
+            self.at_once = room.at_once
+            preflight.storage_everywhere(self.book.home, living)
+            from rayft.compose.data import prepare_data
+
+            prepared = prepare_data(self.run, over_ray(self.interrupt))
+            before = self.book.record.data_hash
+            if before and before != prepared.hash:
+                raise ConfigError(
+                    f"the data changed since sweep {self.run.name} began",
+                    where="data.train, data.eval",
+                    fix="put the data back to continue, or choose another name",
+                )
+            self.interrupt.check()
+            facts = hardware()
+            self.book.begin(data_hash=prepared.hash, data=prepared.stats, hardware=facts, error="")
+            self.view.note(room.sentence)
+            yield Floor(
+                config=self.run.resolved() | {"storage": Storage.open(self.run.storage).uri},
+                home=self.book.home.uri,
+                prepared=prepared,
+                packs=room.packs,
+                slots=room.slots,
+                alone=room.alone,
+                cpus=self.run.scale.cpus,
+                gpus=room.gpus,
+                start=self.book.record.starts,
+                cwd=str(Path.cwd()),
+                environment=passed_on() if address else {},
+                facts={"versions": self.book.record.versions, "hardware": facts},
+            )
+
+    def _phases(self, floor: Floor) -> None:
+        desk = Desk.options(name=f"rayft-{self.run.name}-desk-{os.getpid()}").remote(floor)
+        try:
+            ray.get(desk.open.remote())
+            self._search(desk)
+            self._seeds(desk)
+            self._look(desk, force=True)
+            best = self.book.summary()
+            if best is not None:
+                write_config(self.book.home, self.run, best, self.run.sweep.metric)
+                if not self.run.sweep.refit:
+                    self._copy(desk, best)
+        finally:
+            _close(desk)
+        if best is not None and self.run.sweep.refit:
+            self._refit(best)
+
+    def _search(self, desk: Any) -> None:
+        searcher = Search(self.run, self.book.book)
+        left = self.run.sweep.count - sum(trial.over for trial in self.book.searched())
+        if left <= 0 or self._over():
+            return
+        phase = Phase(
+            self.run,
+            desk,
+            searcher,
+            scheduler(self.run),
+            Watch(self.book, desk, self._over),
+            name_of=searcher.name_of,
+            count=left,
+            most=min(left, self.at_once + WAITING),
+        )
+        self._follow(phase, desk)
+        self.book.write(stopped_by=self.reason or "trials")
+
+    def _seeds(self, desk: Any) -> None:
+        """The winner again, with other seeds, to its full length."""
+        best = self.book.best()
+        if self.run.sweep.seeds == 1 or best is None or self.interrupt.asked:
+            return
+        wanted = {}
+        for number in range(1, self.run.sweep.seeds):
+            name = f"{best[0].id}-s{number}"
+            known = self.book.book.trials.get(name)
+            if known is None or not known.over:
+                wanted[name] = best[0].params | {"seed": self.run.seed + number}
+        if not wanted:
+            return
+        self.view.note(f"{best[0].id} again with {len(wanted)} other seeds")
+        self.book.origins |= dict.fromkeys(wanted, best[0].id)
+        searcher = Fixed(wanted)
+        phase = Phase(
+            self.run,
+            desk,
+            searcher,
+            scheduler(self.run.model_copy(update={"sweep": _unscheduled(self.run)})),
+            Watch(self.book, desk, lambda: self.interrupt.asked),
+            name_of=searcher.name_of,
+            count=len(wanted),
+            most=len(wanted),
+        )
+        self._follow(phase, desk)
+
+    def _copy(self, desk: Any, best: dict[str, Any]) -> None:
+        """best/ from the winner's own checkpoint, in a process that has torch loaded already."""
+        host = ray.get(desk.warm.remote())
+        asked = (self.book.home.uri, best["trial"])
+        said = ray.get(host.call.remote(copy_winner, *asked)) if host else copy_winner(*asked)
+        self.view.note(f"best: {said.splitlines()[0]}")
+
+    def _refit(self, best: dict[str, Any]) -> None:
+        """best/ trained again, for train.steps; the packs have left the cluster to it."""
+        self.view.note(f"{best['trial']} again, for {self.run.train.steps} steps")
+        record = refit(self.run, self.book.home, best, self.again)
+        metric = record.eval.get(self.run.sweep.metric)
+        self.book.write(refit={"metric": metric, "step": record.steps, "seconds": record.seconds})
+
+    # ---- while a phase runs
+
+    def _follow(self, phase: Phase, desk: Any) -> None:
+        """Show, and pass signals on, until Tune is done.
+
+        Raises:
+            InterruptedRun: after a signal, once every trial is committed.
+        """
+        phase.start()
+        while phase.is_alive():
+            phase.join(PERIOD)
+            self._look(desk)
+            if self.interrupt.asked and not self.book.interrupted:
+                self.book.interrupted = True  # trials that run now are not over
+                self.view.note("stopping after this step; once more to stop at once")
+            if self.interrupt.forced:
+                break
+        self._tell()
+        if self.interrupt.asked:
+            raise InterruptedRun("stopped; what was committed is kept", fix=self.again)
+        if phase.error is not None:
+            raise RayftError(f"Ray Tune failed: {phase.error}") from phase.error
+
+    def _over(self) -> bool:
+        """Whether the search must end now; keeps the reason."""
+        if self.interrupt.asked or self.lease.lost:
+            return True
+        limit = self.run.sweep.max_seconds
+        if limit is not None and self.book.seconds > limit:
+            self.reason = "max_seconds"
+        elif self.book.reached_target():
+            self.reason = "target"
+        return bool(self.reason)
+
+    def _look(self, desk: Any, force: bool = False) -> None:
+        """Ask the desk now and then, and show."""
+        now = time.monotonic()
+        self._tell()
+        if now - self._looked < LOOK and not force:
+            return
+        self._looked = now
+        try:
+            seen = ray.get(desk.look.remote(), timeout=10)
+        except (ray.exceptions.RayError, TimeoutError):
+            return
+        self.view.show(state_of(self.book, seen))
+        self.packs = seen["packs"]
+        if now - self._noted > LEDGER_PERIOD or force:
+            self._noted = now
+            for name, numbers in self.packs.items():
+                self.book.pack(name, numbers)
+
+    def _tell(self) -> None:
+        while self.book.news:
+            self.view.note(self.book.news.pop(0))
+
+    # ---- the end
+
+    def _finish(self) -> SweepRecord:
+        book = self.book
+        best = book.summary()
+        if best is None:
+            trials = book.searched()
+            diverged = trials and all(trial.status == "diverged" for trial in trials)
+            status = "diverged" if diverged else "failed"
+            book.write(status=status, best=None)
+            self._report()
+            kind = DivergedError if diverged else RayftError
+            raise kind(
+                f"all {len(trials)} trials {'diverged' if diverged else 'failed'}",
+                where=f"{book.home.shown()}/report.html",
+                cause=next((trial.error for trial in trials if trial.error), ""),
+                fix="lower the rates in sweep.space" if diverged else "read the report's failures",
+            )
+        book.write(status="done", best=best, base=book.base())
+        self._report()
+        return book.record
+
+    def _broke(self, error: BaseException) -> None:
+        """sweep.json must say what happened; never hides the error itself."""
+        self.book.interrupted = True
+        if self.book.record.starts == 0 or self.lease.lost:
+            return
+        status = "interrupted" if isinstance(error, InterruptedRun) else "failed"
+        try:
+            text = "" if status == "interrupted" else str(error)
+            self.book.write(status=status, error=text, best=self.book.summary())
+        except StorageError as lost:
+            self.view.note(f"warning: sweep.json still says running: {lost.what}")
+
+    def _report(self) -> None:
+        self.book.close()
+        write_report(self.book.home)
+        self.view.note(f"report: {self.book.home.shown()}/report.html")
+
+
+def _unscheduled(run: Run) -> Any:
+    from rayft.config.sweep import NoneSpec
+
+    return run.sweep.model_copy(update={"scheduler": NoneSpec()})
+
+
+def _close(desk: Any) -> None:
+    """Let hosts commit and go; a desk that hangs is killed."""
+    # what does not answer in time goes with the desk that owns it
+    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+        ray.get(desk.close.remote(), timeout=CLOSE)
+    ray.kill(desk)
+
+
+def _import_data() -> None:
+    import rayft.compose.data  # noqa: F401  # only for the time it takes

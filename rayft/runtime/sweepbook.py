@@ -1,0 +1,252 @@
+"""The driver's view of a sweep: sweep.json, the ledger, what is best, and what may be deleted."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from rayft.config.run import Run
+from rayft.config.sweep import PbtSpec
+from rayft.core.errors import ConfigError, StorageError
+from rayft.core.ledger import Book, Ledger, Trial, fold, read_ledger
+from rayft.core.record import RunRecord, SweepRecord
+from rayft.core.storage import Storage
+from rayft.runtime.book import changes_between, versions
+
+RECORD = "sweep.json"
+TRIALS = "trials"
+_FACTS = ("time_this_iter_s", "time_total_s", "time_since_restore", "timestamp", "pid")
+_NOT_METRICS = ("step", "standing", "error_text", "score", "done", "donor", "training_iteration")
+
+
+class SweepBook:
+    """Keeps sweep.json and trials.jsonl true while a sweep goes on. Thread-safe: Tune's thread
+    reports, the main thread shows."""
+
+    def __init__(self, home: Storage, run: Run) -> None:
+        self.home, self.run, self.spec = home, run, run.sweep
+        self.record = _previous(home, run)
+        self.book: Book = read_ledger(home)
+        self.news: list[str] = []  # lines for people, taken by the view
+        self._ledger: Ledger | None = None
+        self._began = time.monotonic()
+        self._before = self.record.seconds
+        self._lock = threading.Lock()
+        self._bin = ThreadPoolExecutor(1, thread_name_prefix="losers")
+        self._here: dict[str, str] = {}  # trial -> what this start knows of it
+        self.origins: dict[str, str] = {}  # repetitions with other seeds
+        self.interrupted = False
+
+    # ---- the record
+
+    @property
+    def seconds(self) -> float:
+        """Wall clock over all starts."""
+        return self._before + time.monotonic() - self._began
+
+    def begin(self, **facts: Any) -> None:
+        """From here on the sweep exists on storage."""
+        self.write(status="running", starts=self.record.starts + 1, versions=versions(), **facts)
+        self._ledger = Ledger(self.home)
+
+    def write(self, **changes: Any) -> None:
+        """Change sweep.json."""
+        self.record = replace(self.record, seconds=round(self.seconds, 3), **changes)
+        self.home.write_text(RECORD, self.record.to_json())
+
+    def close(self) -> None:
+        """No more lines; whatever is to be deleted is gone."""
+        if not self.interrupted:
+            self._clear_losers(final=True)
+        self._bin.shutdown(wait=True)
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+
+    # ---- tuning.Watcher: called from Tune's thread
+
+    def started(self, trial: str, params: dict[str, Any]) -> None:
+        """See tuning.Watcher. The line makes sure that a killed sweep knows what to continue."""
+        with self._lock:
+            if trial not in self._here:
+                self._here[trial] = "running"
+                known = self.book.trials.get(trial)
+                self._add(trial, "running", known.step if known else 0, params)
+
+    def told(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+        """See tuning.Watcher. An end is written by `ended`, with the same numbers."""
+        if result.get("standing") != "running":
+            return
+        with self._lock:
+            before = self.best()
+            facts = {"donor": result["donor"]} if result.get("donor") else {}
+            self._add(trial, "running", int(result["step"]), params, metrics_of(result), **facts)
+            self._tell_best(before)
+
+    def ended(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+        """See tuning.Watcher."""
+        standing = result.get("standing", "running")
+        with self._lock:
+            known = self.book.trials.get(trial)
+            if known is None or known.over:
+                return
+            if standing == "running":
+                if self.interrupted:
+                    return  # it goes on when the same command is given again
+                self._add(trial, "stopped", known.step, known.params)
+            else:
+                before = self.best()
+                facts = {"error": result["error_text"]} if result.get("error_text") else {}
+                step = int(result["step"]) or known.step
+                self._add(trial, standing, step, params, metrics_of(result), **facts)
+                self._tell_best(before)
+                if standing in ("diverged", "failed"):
+                    self.news.append(f"{trial} {standing} at step {step}: {facts.get('error', '')}")
+            self._here[trial] = standing
+            self._clear_losers()
+
+    def broke(self, trial: str, params: dict[str, Any], why: str) -> None:
+        """See tuning.Watcher."""
+        self.ended(trial, params, {"standing": "failed", "step": 0, "error_text": why})
+
+    def pack(self, name: str, numbers: dict[str, float]) -> None:
+        """A line on how full a pack is."""
+        with self._lock:
+            fold([self._ledger.pack(f"{name}.{self.record.starts}", numbers)], self.book)
+
+    def _add(
+        self,
+        trial: str,
+        status: str,
+        step: int,
+        params: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+        **facts: str,
+    ) -> None:
+        origin = self.origins.get(trial)
+        facts |= {"origin": origin} if origin else {}
+        fold([self._ledger.add(trial, status, step, params, metrics, **facts)], self.book)
+
+    # ---- what is best
+
+    def searched(self) -> list[Trial]:
+        """The trials of the search, without repetitions."""
+        return [trial for trial in self.book.trials.values() if not trial.origin]
+
+    def best(self) -> tuple[Trial, float] | None:
+        """The best trial and its metric: of all that neither diverged nor failed, the best report
+        of each."""
+        spec, found = self.spec, []
+        for trial in self.searched():
+            report = trial.best(spec.metric, spec.mode)
+            if report is not None and trial.status not in ("diverged", "failed"):
+                found.append((trial, report.metrics[spec.metric]))
+        sign = 1 if spec.mode == "min" else -1
+        return min(found, key=lambda pair: sign * pair[1], default=None)
+
+    def is_best(self, trial: str) -> bool:
+        """Whether its state is worth keeping now."""
+        best = self.best()
+        return best is not None and best[0].id == trial
+
+    def reached_target(self) -> bool:
+        """A trial is as good as sweep.target."""
+        best = self.best()
+        if self.spec.target is None or best is None:
+            return False
+        return (
+            best[1] <= self.spec.target if self.spec.mode == "min" else best[1] >= self.spec.target
+        )
+
+    def _tell_best(self, before: tuple[Trial, float] | None) -> None:
+        now = self.best()
+        if now is None or (before is not None and before[1] == now[1]):
+            return
+        if before is None or before[0].id != now[0].id:
+            self.news.append(f"best so far: {now[0].id}, {self.spec.metric} {now[1]:.4f}")
+
+    def _clear_losers(self, final: bool = False) -> None:
+        """Checkpoints of trials that are over and not the best go; their metrics stay. In a
+        population a loser may still be copied, so there they go at the end."""
+        if isinstance(self.spec.scheduler, PbtSpec) and not final:
+            return
+        best = self.best()
+        for trial in self.book.trials.values():
+            lost = trial.over and (best is None or trial.id != best[0].id)
+            if lost and self._here.get(trial.id) != "cleared":
+                self._here[trial.id] = "cleared"
+                self._bin.submit(self._clear, trial.id)
+
+    def _clear(self, trial: str) -> None:
+        for folder in ("checkpoints", "export"):
+            self.home.child(TRIALS, trial).delete(folder)
+
+    # ---- the end
+
+    def summary(self) -> dict[str, Any] | None:
+        """SweepRecord.best."""
+        best = self.best()
+        if best is None:
+            return None
+        report = best[0].best(self.spec.metric, self.spec.mode)
+        return {
+            "trial": best[0].id,
+            "step": report.step,
+            "metric": best[1],
+            "params": best[0].params,
+        }
+
+    def base(self) -> dict[str, float]:
+        """The base model's evaluation, as the best trial's run.json has it."""
+        best = self.best()
+        if best is None:
+            return self.record.base
+        text = self.home.child(TRIALS, best[0].id).read_text("run.json")
+        return RunRecord.from_json(text).base
+
+
+def metrics_of(result: dict[str, Any]) -> dict[str, float]:
+    """The finite numbers of a result that are the trial's own."""
+    return {
+        name: value
+        for name, value in result.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and name not in (*_FACTS, *_NOT_METRICS)
+        and not name.startswith(("iterations_", "time_", "timesteps_", "episodes_"))
+        and math.isfinite(value)
+    }
+
+
+def _previous(home: Storage, run: Run) -> SweepRecord:
+    """What sweep.json says, or a fresh record.
+
+    Raises:
+        ConfigError: that sweep has another config; it names what differs.
+        StorageError: sweep.json cannot be read.
+    """
+    try:
+        record = SweepRecord.from_json(home.read_text(RECORD))
+    except FileNotFoundError:
+        spec = run.sweep
+        return SweepRecord(
+            run.name, "running", run.resolved(), run.sweep_digest(), spec.metric, spec.mode
+        )
+    except (json.JSONDecodeError, TypeError) as error:
+        raise StorageError(
+            f"{home.shown(RECORD)} is not a sweep record: {error}",
+            fix="restore it, or choose another name",
+        ) from error
+    if record.config_hash != run.sweep_digest():
+        diff = changes_between(record.config, run, Run.sweep_identity)
+        raise ConfigError(
+            "\n".join([f"sweep {run.name} exists with another config:", *diff]),
+            where=home.shown(RECORD),
+            fix="put the config back to continue it, or choose another name",
+        )
+    return replace(record, config=run.resolved())

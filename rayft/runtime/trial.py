@@ -1,0 +1,97 @@
+"""One trial as Ray Tune sees it: a thin client, no torch, no CPU, of the desk and of a host.
+
+The model, the data and the numbers live in a host (a pack, or a Ray Train run of its own). Tune's
+actor only joins, waits for the next report, and is used again for the next trial. What a trial
+costs is one idle process.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ray
+from ray.tune import Trainable
+
+from rayft.core.errors import RayftError
+from rayft.trials.types import Told
+
+SCORE = "score"  # the sweep's metric, always finite: schedulers cannot compare with NaN
+WORST = 1e9
+
+
+def said(error: ray.exceptions.RayTaskError) -> str:
+    """The first line of what was raised on the other side."""
+    cause = error.cause
+    text = cause.what if isinstance(cause, RayftError) else str(cause)
+    return f"{type(cause).__name__}: {(text.strip().splitlines() or [''])[0][:200]}"
+
+
+def result_of(told: Told, metric: str, mode: str) -> dict[str, Any]:
+    """What Tune, its scheduler and its searcher get to see."""
+    finite = {name: value for name, value in told.metrics.items() if math.isfinite(value)}
+    worst = WORST if mode == "min" else -WORST
+    good = told.standing in ("running", "done")
+    return {
+        **finite,
+        "step": told.step,
+        "standing": told.standing,
+        "error_text": told.error,
+        SCORE: finite.get(metric, worst) if good else worst,
+        "done": told.standing != "running",
+    }
+
+
+class SweepTrial(Trainable):
+    """Joins at its first step, so that a checkpoint to start from may be given before."""
+
+    def setup(self, config: dict[str, Any], desk: Any, metric: str, mode: str) -> None:
+        """Tune calls it once per process."""
+        self._desk, self._metric, self._mode = desk, metric, mode
+        self._begin(config)
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._params = dict(config)
+        self._source: dict[str, Any] | None = None
+        self._host: Any = None
+        self._donor = ""
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next report. A host that dies is left for another one: the trial continues
+        there from its last commit."""
+        while True:
+            try:
+                if self._host is None:
+                    asked = self._desk.enter.remote(self.trial_name, self._params, self._source)
+                    self._host, self._source = ray.get(asked), None
+                told: Told = ray.get(self._host.next.remote(self.trial_name))
+                return self._result(told)
+            except ray.exceptions.RayTaskError as error:  # refused; another try changes nothing
+                return self._result(Told(self.trial_name, 0, {}, "failed", said(error)))
+            except ray.exceptions.RayActorError:
+                self._host = None
+                ray.get(self._desk.lost.remote(self.trial_name))
+
+    def _result(self, told: Told) -> dict[str, Any]:
+        result = result_of(told, self._metric, self._mode)
+        if self._donor:
+            result["donor"], self._donor = self._donor, ""
+        return result
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """A pointer to the trial's state, which is on storage when this returns."""
+        if self._host is None:
+            return {"trial": self.trial_name, "folder": None}
+        folder = ray.get(self._host.save.remote(self.trial_name))
+        return {"trial": self.trial_name, "folder": folder}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Population-based training: go on from another trial's state, with this config."""
+        if checkpoint and checkpoint["folder"]:
+            self._source, self._donor = checkpoint, checkpoint["trial"]
+            self._host = None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The process serves another trial, or the same one with other settings."""
+        self._begin(new_config)
+        return True

@@ -1,0 +1,236 @@
+"""Ray Tune, set up for one phase of a sweep: scheduler, searcher, thin trials, and what is told of
+them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search import Searcher
+
+from rayft.config.run import Run
+from rayft.config.space import perturbable
+from rayft.config.sweep import AshaSpec, MedianSpec, PbtSpec
+from rayft.runtime.failure import first_line
+from rayft.runtime.trial import SCORE, SweepTrial
+
+_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger is the log
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # rayft's own handler asks for a stop
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # the ledger is the state
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "5",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+class Watcher(Protocol):
+    """Who wants to know what becomes of trials; called from Tune's thread."""
+
+    def started(self, trial: str, params: dict[str, Any]) -> None:
+        """It runs, or runs again."""
+        ...
+
+    def told(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+        """One report."""
+        ...
+
+    def ended(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+        """Its own end, or its scheduler's verdict."""
+        ...
+
+    def broke(self, trial: str, params: dict[str, Any], why: str) -> None:
+        """An error that no host reported."""
+        ...
+
+    def over(self) -> bool:
+        """The phase must end now."""
+        ...
+
+
+def scheduler(run: Run) -> TrialScheduler:
+    """The scheduler of the sweep block; steps are its clock."""
+    sweep = run.sweep
+    first = run.train.eval_every or 1
+    how = {"metric": SCORE, "mode": sweep.mode}
+    spec = sweep.scheduler
+    if isinstance(spec, AshaSpec):
+        most = sweep.steps or run.train.steps or 10**9
+        grace = min(spec.grace or first, most)
+        return AsyncHyperBandScheduler(
+            time_attr="step", max_t=most, grace_period=grace, reduction_factor=spec.factor, **how
+        )
+    if isinstance(spec, MedianSpec):
+        return MedianStoppingRule(
+            time_attr="step",
+            grace_period=spec.grace or first,
+            min_samples_required=spec.least,
+            hard_stop=True,
+            **how,
+        )
+    if isinstance(spec, PbtSpec):
+        return PopulationBasedTraining(
+            time_attr="step",
+            perturbation_interval=spec.every or first,
+            hyperparam_mutations=mutations(run),
+            quantile_fraction=spec.quantile,
+            resample_probability=spec.resample,
+            log_config=False,
+            **how,
+        )
+    return FIFOScheduler()
+
+
+def mutations(run: Run) -> dict[str, Any]:
+    """What population-based training may change: its lists, and its ranges as samplers."""
+    found: dict[str, Any] = {}
+    for path, domain in run.sweep.space.items():
+        if not perturbable(path):
+            continue
+        if domain.values is not None:
+            found[path] = list(domain.values)
+        elif domain.loguniform is not None:
+            found[path] = tune.loguniform(*domain.loguniform)
+        elif domain.uniform is not None:
+            found[path] = tune.uniform(*domain.uniform)
+    return found
+
+
+class _Here:
+    """Something that lives on the driver. Tune pickles its settings for a restore that rayft never
+    asks for (the ledger is the state), so what is pickled is an empty one."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Here:
+        return self
+
+
+class _Names(_Here):
+    """Tune's trial to rayft's trial id."""
+
+    def __init__(self, name_of: Callable[[str], str]) -> None:
+        self._name_of = name_of
+
+    def __call__(self, trial: Any) -> str:
+        return self._name_of(trial.trial_id)
+
+
+class _Stop(_Here, tune.Stopper):
+    """Ends the phase when the watcher says so."""
+
+    def __init__(self, over: Callable[[], bool]) -> None:
+        self._over = over
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        """See ray.tune.Stopper."""
+        return self._over()
+
+
+class _Tell(_Here, tune.Callback):
+    """Passes Tune's events to the watcher under rayft's names."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """See ray.tune.Callback."""
+        self._watcher.started(str(trial), dict(trial.config))
+
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+    ) -> None:
+        """See ray.tune.Callback."""
+        self._watcher.told(str(trial), dict(trial.config), result)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """See ray.tune.Callback."""
+        self._watcher.ended(str(trial), dict(trial.config), trial.last_result or {})
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """See ray.tune.Callback."""
+        error = trial.get_pickled_error() or trial.get_error()
+        why = f"{type(error).__name__}: {first_line(str(error))}"
+        self._watcher.broke(str(trial), dict(trial.config), why)
+
+
+class Phase(threading.Thread):
+    """Tuner.fit() beside the main thread, which shows progress and takes signals.
+
+    Args:
+        name_of: rayft's trial id for one of Tune's.
+        count: trials of this phase at most; the searcher may end it earlier.
+        most: trials at once, those that wait for a slot included.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        desk: Any,
+        searcher: Searcher,
+        how: TrialScheduler,
+        watcher: Watcher,
+        *,
+        name_of: Callable[[str], str],
+        count: int,
+        most: int,
+    ) -> None:
+        super().__init__(name="rayft-tune", daemon=True)
+        self.error: Exception | None = None
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(most)
+        self._folder = tempfile.TemporaryDirectory(prefix="rayft-tune-", ignore_cleanup_errors=True)
+        # On the driver's node: Tune keeps its pointer files there, and nothing else of a trial.
+        here = f"node:{ray.util.get_node_ip_address()}"
+        place = tune.PlacementGroupFactory([{"CPU": 0, here: 0.001}])
+        sweep = run.sweep
+        trainable = tune.with_resources(
+            tune.with_parameters(SweepTrial, desk=desk, metric=sweep.metric, mode=sweep.mode), place
+        )
+        self._tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=how,
+                num_samples=count,
+                max_concurrent_trials=most,
+                reuse_actors=True,
+                trial_name_creator=_Names(name_of),
+                trial_dirname_creator=_Names(name_of),
+            ),
+            run_config=tune.RunConfig(
+                name=run.name,
+                storage_path=self._folder.name,
+                stop=_Stop(watcher.over),
+                callbacks=[_Tell(watcher)],
+                failure_config=tune.FailureConfig(max_failures=3),
+                verbose=0,
+            ),
+        )
+
+    def run(self) -> None:
+        """Keeps the error for the main thread."""
+        try:
+            self._tuner.fit()
+        except Exception as error:  # a thread has nobody to raise to; the main thread does it
+            self.error = error
+        finally:
+            self._folder.cleanup()

@@ -1,0 +1,84 @@
+"""What is done about Tune's events, and what is shown of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rayft.core.ledger import Trial
+from rayft.runtime.sweepbook import SweepBook
+from rayft.runtime.sweepview import State
+
+
+class Watch:
+    """tuning.Watcher: the book, and the desk that gets places back."""
+
+    def __init__(self, book: SweepBook, desk: Any, over: Callable[[], bool]) -> None:
+        self._book, self._desk, self._over = book, desk, over
+
+    def started(self, trial: str, params: dict[str, Any]) -> None:
+        """See tuning.Watcher."""
+        self._book.started(trial, params)
+
+    def told(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+        """See tuning.Watcher."""
+        self._book.told(trial, params, result)
+
+    def ended(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+        """See tuning.Watcher. The slot is asked back at once, so that the next trial gets it."""
+        if not self._book.interrupted:
+            running = result.get("standing", "running") == "running"
+            self._desk.leave.remote(trial, not running or self._book.is_best(trial))
+        self._book.ended(trial, params, result)
+
+    def broke(self, trial: str, params: dict[str, Any], why: str) -> None:
+        """See tuning.Watcher."""
+        self._desk.leave.remote(trial, False)
+        self._book.broke(trial, params, why)
+
+    def over(self) -> bool:
+        """See tuning.Watcher."""
+        return self._over()
+
+
+def state_of(book: SweepBook, seen: dict[str, Any]) -> State:
+    """The sweep as people see it.
+
+    Args:
+        seen: what Desk.look returned.
+    """
+    spec = book.spec
+    trials = list(book.book.trials.values())
+    counts: dict[str, int] = {}
+    for trial in trials:
+        counts[trial.status] = counts.get(trial.status, 0) + 1
+    over = sum(trial.over for trial in trials)
+    total = max(spec.count, len(trials))
+    packs = seen["packs"].values()
+    base = next((r.metrics.get("base_loss") for t in trials for r in t.reports), None)
+    return State(
+        metric=spec.metric,
+        total=total,
+        counts=counts,
+        waiting=seen["waiting"],
+        slots=int(sum(pack["slots"] for pack in packs)),
+        busy=sum(pack["trials"] for pack in packs),
+        tokens_per_s=sum(pack["tokens"] / pack["seconds"] for pack in packs if pack["seconds"]),
+        seconds=book.seconds,
+        left=book.seconds / over * (total - over) if over > 2 else None,
+        best=book.best(),
+        base=base if spec.metric == "eval_loss" else None,
+        running=_running(book, trials),
+    )
+
+
+def _running(book: SweepBook, trials: list[Trial]) -> list[tuple[Trial, float | None]]:
+    """The best first; those that have not reported yet last."""
+    metric, mode = book.spec.metric, book.spec.mode
+    found: list[tuple[Trial, float | None]] = []
+    for trial in trials:
+        if not trial.over:
+            report = trial.best(metric, mode)
+            found.append((trial, None if report is None else report.metrics[metric]))
+    sign = 1 if mode == "min" else -1
+    return sorted(found, key=lambda pair: (pair[1] is None, sign * (pair[1] or 0.0)))
