@@ -1,0 +1,264 @@
+"""Sweeps on a real local Ray, the real engine, the embedded model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rayft.compose.offline import evaluate_run
+from rayft.config.load import load
+from rayft.core.errors import DivergedError, RayftError
+from rayft.core.ledger import read_ledger
+from rayft.core.record import RunRecord, SweepRecord
+from rayft.core.storage import Storage
+from rayft.runtime.cluster import connected
+from rayft.runtime.sweep import sweep
+from rayft.runtime.train import train
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+BASE = {
+    "model": "builtin:tiny",
+    "methods": [{"kind": "lora", "rank": 4, "alpha": 8}],
+    "data": {
+        "train": [{"path": "builtin:docstrings", "samples": 400}],
+        "eval": [{"path": "builtin:docstrings", "split": "heldout", "samples": 16}],
+        "max_length": 48,
+    },
+    "optim": {"lr": 1e-3, "warmup": 0},
+    "train": {"steps": 12, "global_batch": 4, "eval_every": 4, "eval_batch": 16},
+    "scale": {"workers": 1, "gpus": 0, "cpus": 1},
+}
+SPACE = {
+    "methods.0.rank": {"choice": [2, 4, 8]},
+    "optim.lr": {"loguniform": [1e-4, 1e-2]},
+}
+BLOCK = {"trials": 6, "space": SPACE, "search": "random", "packs": 2, "slots": 2}
+
+
+def config(folder: Path, block: dict, **changes) -> dict:
+    return BASE | {"name": "s", "storage": str(folder), "sweep": BLOCK | block} | changes
+
+
+def home(folder: Path) -> Storage:
+    return Storage.open(f"{folder}/s")
+
+
+def told(folder: Path) -> dict[str, dict]:
+    """{trial: {step: eval_loss}} of the ledger."""
+    trials = read_ledger(home(folder)).trials
+    return {
+        name: {report.step: report.metrics["eval_loss"] for report in trial.reports}
+        for name, trial in trials.items()
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(quiet):
+    with connected():
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, tmp_path_factory):
+    """A sweep from start to end, each trial to its last step."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = load(config(folder, {"scheduler": "none", "seeds": 2}))
+    return folder, run, sweep(run)
+
+
+def test_a_sweep_from_start_to_end(whole):
+    folder, run, record = whole
+    book = read_ledger(home(folder))
+    assert record.status == "done" and record.stopped_by == "trials"
+    searched = [trial for trial in book.trials.values() if not trial.origin]
+    assert [trial.status for trial in searched] == ["done"] * 6
+    assert all([r.step for r in trial.reports] == [4, 8, 12] for trial in searched)
+    losses = {t.id: t.best("eval_loss").metrics["eval_loss"] for t in searched}
+    assert record.best["metric"] == min(losses.values()) == losses[record.best["trial"]]
+    assert record.base["eval_loss"] > record.best["metric"]
+    again = [trial for trial in book.trials.values() if trial.origin]
+    assert [trial.origin for trial in again] == [record.best["trial"]]
+    assert again[0].params["seed"] == 1 and again[0].status == "done"
+    assert {pack["slots"] for pack in book.packs.values()} == {2}
+    assert (folder / "s/report.html").stat().st_size > 100_000
+    assert (folder / "s/trials.csv").read_text().count("\n") == 8
+    # losers keep their metrics, not their weights
+    kept = [path.parent.name for path in (folder / "s/trials").glob("*/checkpoints/*")]
+    assert set(kept) <= {record.best["trial"], "checkpoints"}
+    assert len(list((folder / "s/trials").glob("*/metrics.jsonl"))) == 7
+
+
+def test_the_winner_is_what_rayft_train_makes_of_its_config(whole, tmp_path):
+    """The packed trial's numbers are those of a run of its own."""
+    folder, _, record = whole
+    text = (folder / "s/best/config.yaml").read_text()
+    assert record.best["trial"] in text.splitlines()[0]
+    run = load(folder / "s/best/config.yaml", [f"storage={tmp_path}", "scale.workers=0"])
+    alone = train(run)
+    assert alone.best.metric == pytest.approx(record.best["metric"], rel=1e-5)
+    assert alone.base["eval_loss"] == pytest.approx(record.base["eval_loss"], rel=1e-5)
+    best = RunRecord.from_json((folder / "s/best/run.json").read_text())
+    assert best.best.step == record.best["step"] and best.name == "best"
+    assert (folder / "s/best/export/adapter_model.safetensors").exists()
+    assert f"{record.best['metric']:.4f}" in evaluate_run(f"{folder}/s/best")
+
+
+def test_a_done_sweep_is_returned_and_can_be_made_longer(whole):
+    folder, run, record = whole
+    began = time.monotonic()
+    assert sweep(run) == SweepRecord.from_json((folder / "s/sweep.json").read_text())
+    assert time.monotonic() - began < 5
+    before = told(folder)
+    longer = sweep(load(config(folder, {"scheduler": "none", "seeds": 2, "trials": 7})))
+    after = told(folder)
+    assert longer.starts == 2 and len([name for name in after if "-" not in name]) == 7
+    assert {name: after[name] for name in before} == before
+
+
+def test_asha_stops_early_and_slots_are_taken_again(tmp_path):
+    run = load(config(tmp_path, {"trials": 8, "scheduler": {"kind": "asha", "factor": 2}}))
+    record = sweep(run)
+    trials = read_ledger(home(tmp_path)).trials.values()
+    stopped = [trial for trial in trials if trial.status == "stopped"]
+    assert stopped and all(trial.step < 12 for trial in stopped)
+    assert len(trials) == 8 and record.best["metric"] > 0
+    # a stopped trial trains on for a step or two at most while its verdict travels
+    for trial in stopped:
+        lines = (tmp_path / f"s/trials/{trial.id}/metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["step"] <= trial.step + 4
+
+
+def test_all_diverged_is_a_report_and_exit_5(tmp_path):
+    space = {"optim.lr": {"loguniform": [1e5, 1e6]}}
+    run = load(config(tmp_path, {"trials": 3, "space": space, "search": "optuna"}))
+    with pytest.raises(DivergedError, match="all 3 trials diverged") as caught:
+        sweep(run)
+    assert caught.value.exit_code == 5
+    assert {t.status for t in read_ledger(home(tmp_path)).trials.values()} == {"diverged"}
+    assert (tmp_path / "s/report.html").exists()
+    assert SweepRecord.from_json((tmp_path / "s/sweep.json").read_text()).status == "diverged"
+
+
+def test_a_population_really_exploits(tmp_path):
+    """The worst continue from the state of the best, with other settings."""
+    space = {"optim.lr": {"choice": [1e-7, 1e-7, 3e-3, 1e-2]}, "methods.0.rank": {"choice": [4, 8]}}
+    block = {"trials": 4, "space": space, "scheduler": {"kind": "pbt", "quantile": 0.5}}
+    run = load(config(tmp_path, block, train=BASE["train"] | {"steps": 24}))
+    sweep(run)
+    trials = read_ledger(home(tmp_path)).trials
+    copies = [(trial, step, donor) for trial in trials.values() for step, donor in trial.donors]
+    assert copies
+    for trial, step, donor in copies:
+        assert donor != trial.id and step > 4
+        # its first report after the copy is near the donor's, not near its own last one
+        donors = {r.step: r.metrics["eval_loss"] for r in trials[donor].reports}
+        first = next(r for r in trial.reports if r.step >= step).metrics["eval_loss"]
+        near = donors[max(s for s in donors if s <= step)]
+        assert first < near + 0.05
+
+
+def test_what_kills_a_pack_does_not_kill_the_sweep(tmp_path):
+    run = load(config(tmp_path, {"trials": 4, "scheduler": "none"}))
+    killed = []
+
+    def kill():
+        """One pack process, as soon as a trial has reported."""
+        while not any(len(steps) for steps in told(tmp_path).values()):
+            time.sleep(0.2)
+        for process in psutil.Process().children(recursive=True):
+            if "PackHost" in " ".join(process.cmdline()):
+                killed.append(process.pid)
+                process.send_signal(signal.SIGKILL)
+                return
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    record = sweep(run)
+    thread.join(1)
+    assert killed and record.status == "done"
+    trials = read_ledger(home(tmp_path)).trials.values()
+    assert [trial.status for trial in trials] == ["done"] * 4
+
+
+def started(folder: Path, block: dict) -> subprocess.Popen:
+    """`rayft sweep` in a process of its own."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(config(folder, block)))
+    return subprocess.Popen(
+        [sys.executable, "-m", "rayft", "sweep", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ,
+    )
+
+
+def test_kill_9_of_the_driver_then_the_same_command(whole, tmp_path):
+    """Finished trials stay finished, the others continue, and the numbers are those of a sweep
+    that was never cut off. Meanwhile a second driver is refused."""
+    folder, _, _ = whole
+    first = started(tmp_path, {"scheduler": "none"})
+    try:
+        while not any(len(steps) == 3 for steps in told(tmp_path).values()):
+            assert first.poll() is None, first.communicate()[0]
+            time.sleep(0.2)
+        second = started(tmp_path, {"scheduler": "none"})
+        said = second.communicate(timeout=60)[0]
+        assert second.returncode != 0 and str(first.pid) in said
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    over = {name: trial for name, trial in read_ledger(home(tmp_path)).trials.items() if trial.over}
+    assert over and len(over) < 6
+    third = started(tmp_path, {"scheduler": "none"})
+    said = third.communicate(timeout=200)[0]
+    assert third.returncode == 0, said
+    after = read_ledger(home(tmp_path)).trials
+    assert all(after[name] == trial for name, trial in over.items())
+    uncut = {name: steps for name, steps in told(folder).items() if name in after}
+    for name, steps in told(tmp_path).items():
+        assert steps == pytest.approx(uncut[name], rel=1e-5)
+
+
+def test_a_signal_ends_with_75_and_nothing_is_lost(tmp_path):
+    first = started(tmp_path, {"scheduler": "none", "trials": 4})
+    while not any(told(tmp_path).values()):
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.2)
+    first.send_signal(signal.SIGTERM)
+    said = first.communicate(timeout=60)[0]
+    assert first.returncode == 75 and "rayft sweep" in said, said
+    record = SweepRecord.from_json((tmp_path / "s/sweep.json").read_text())
+    assert record.status == "interrupted"
+    running = [t for t in read_ledger(home(tmp_path)).trials.values() if not t.over]
+    assert running
+    for trial in running:  # each has a commit to continue from
+        assert list((tmp_path / f"s/trials/{trial.id}/checkpoints").glob("*/COMMIT.json"))
+
+
+def test_a_config_without_the_block_is_refused(tmp_path):
+    with pytest.raises(RayftError, match="no sweep block"):
+        sweep(load(config(tmp_path, {}) | {"sweep": None}))
+
+
+@pytest.mark.timeout(600)
+def test_pack_off_gives_the_same_results(tmp_path):
+    """Every trial as a Ray Train run of its own, under the same Tuner."""
+    space = {"methods.0.rank": {"grid": [2, 4]}}
+    block = {"space": space, "search": "grid", "scheduler": "none", "trials": None}
+    short = BASE["train"] | {"steps": 8}
+    for name, pack in (("on", "auto"), ("off", "off")):
+        (tmp_path / name).mkdir()
+        sweep(load(config(tmp_path / name, block | {"pack": pack}, train=short)))
+    on, off = told(tmp_path / "on"), told(tmp_path / "off")
+    assert on.keys() == off.keys() and len(on) == 2
+    for name, steps in on.items():
+        assert steps == pytest.approx(off[name], rel=1e-5)
