@@ -15,8 +15,10 @@ from rayft.config.override import plain, put
 from rayft.config.run import Run
 from rayft.config.shape import tidy
 from rayft.config.source import Keys, Source, dotted, split
-from rayft.config.sweep import Domain
+from rayft.config.sweep import Domain, perturbable
 from rayft.core.errors import ConfigError
+
+__all__ = ["applied", "mistakes", "params_of", "perturbable"]
 
 FIXED = {
     "name": "every trial has a name of its own",

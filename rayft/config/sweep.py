@@ -250,3 +250,16 @@ class SweepSpec(Spec):
         for name, domain in self.space.items():
             found += list(domain.paired[0]) if domain.paired else [name]
         return tuple(found)
+
+
+PERTURBABLE = ("optim.lr", "optim.weight_decay", "optim.clip")
+PERTURBABLE_OF_METHODS = ("lr_ratio", "alpha", "dropout")
+
+
+def perturbable(path: str) -> bool:
+    """Whether population-based training may change this field of a trial between two steps; what
+    it may not, travels with the weights of the donor."""
+    first, _, tail = path.partition(".")
+    number, _, field = tail.partition(".")
+    ours = first == "methods" and number.isdigit() and field in PERTURBABLE_OF_METHODS
+    return ours or path in PERTURBABLE

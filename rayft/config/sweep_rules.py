@@ -7,6 +7,8 @@ from collections.abc import Callable
 from rayft.config.rule import Rule
 from rayft.config.run import Run
 from rayft.config.sweep import (
+    PERTURBABLE,
+    PERTURBABLE_OF_METHODS,
     AshaSpec,
     Domain,
     GridSpec,
@@ -14,19 +16,8 @@ from rayft.config.sweep import (
     OptunaSpec,
     PbtSpec,
     SweepSpec,
+    perturbable,
 )
-
-PERTURBABLE = ("optim.lr", "optim.weight_decay", "optim.clip")
-PERTURBABLE_OF_METHODS = ("lr_ratio", "alpha", "dropout")
-
-
-def perturbable(path: str) -> bool:
-    """Whether population-based training may change this field of a trial between two steps; what
-    it may not, travels with the weights of the donor."""
-    first, _, tail = path.partition(".")
-    number, _, field = tail.partition(".")
-    ours = first == "methods" and number.isdigit() and field in PERTURBABLE_OF_METHODS
-    return ours or path in PERTURBABLE
 
 
 def metrics(run: Run) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from rayft.config.load import load
 from rayft.config.run import Run
 from rayft.config.schema import schema
 from rayft.config.source import parse
-from rayft.config.space import applied, params_of
+from rayft.config.space import applied, params_of, perturbable
 from rayft.config.sweep import Domain, SweepSpec
-from rayft.config.sweep_rules import SWEEP_RULES, metrics, perturbable
+from rayft.config.sweep_rules import SWEEP_RULES, metrics
 from rayft.core.errors import ConfigError
 
 BASE = """\
