@@ -28,7 +28,7 @@ SHARED = {"train": ("gradient_checkpointing", "precision"), "optim": ("kind",)}
 
 
 def why_alone(run: Run) -> str:
-    """"" when the run can be a trial of a pack; else the reason, one clause."""
+    """ "" when the run can be a trial of a pack; else the reason, one clause."""
     methods = run.methods
     if len(methods) != 1 or not isinstance(methods[0], LoraSpec):
         return f"methods: {', '.join(method.kind for method in methods)} is not one lora"
