@@ -222,6 +222,10 @@ class Phase(threading.Thread):
                 stop=_Stop(watcher.over),
                 callbacks=[_Tell(watcher)],
                 failure_config=tune.FailureConfig(max_failures=3),
+                # a pointer is made when population-based training asks for one, never else
+                checkpoint_config=tune.CheckpointConfig(
+                    checkpoint_frequency=0, checkpoint_at_end=False
+                ),
                 verbose=0,
             ),
         )
