@@ -47,11 +47,25 @@ class Book:
         self._before, self._began = self.record.seconds, time.monotonic()
         self._trackers: Trackers | None = None
         self._begun = False  # before it has, errors leave run.json as it is
+        self._ours = True  # until another driver takes over
 
     @property
     def done(self) -> bool:
         """Nothing is left to do."""
         return self.record.status == "done"
+
+    def reread(self) -> None:
+        """Another driver may have gone on since this one began.
+
+        Raises:
+            ConfigError, StorageError: as at the beginning.
+        """
+        self.record = _previous(self.home, self._run)
+        self.reached, self._before = self.record.steps, self.record.seconds
+
+    def hand_over(self) -> None:
+        """Another driver has taken over: nothing more is written."""
+        self._ours = False
 
     def begin(self, prepared: Prepared, hardware: dict[str, Any]) -> None:
         """Training is about to start; from here on run.json exists.
@@ -170,7 +184,8 @@ class Book:
     def _write(self, **changes: Any) -> None:
         seconds = self._before + time.monotonic() - self._began
         self.record = replace(self.record, seconds=round(seconds, 3), **changes)
-        self.home.write_text(RECORD, self.record.to_json())
+        if self._ours:
+            self.home.write_text(RECORD, self.record.to_json())
 
 
 def _counted(total: dict[str, int]) -> str:

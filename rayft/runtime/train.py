@@ -5,7 +5,8 @@ from __future__ import annotations
 from rayft.compose.job import Outcome
 from rayft.config.rules import refuse
 from rayft.config.run import Run
-from rayft.core.errors import InterruptedRun
+from rayft.core.errors import InterruptedRun, InUseError
+from rayft.core.lease import Lease
 from rayft.core.record import RunRecord
 from rayft.core.storage import Storage, probe
 from rayft.runtime import trackers
@@ -31,6 +32,7 @@ def train(
     Raises:
         ConfigError, DataError, InfeasibleError, DivergedError, StorageError: exit codes 2 to 6.
         InterruptedRun: stopped by a signal, saved; exit code 75.
+        InUseError: another driver has this run, or took it over.
         RayftError: failed for good.
     """
     refuse(run)
@@ -39,14 +41,33 @@ def train(
     book = Book(home, run, view())
     try:
         if book.done:
-            book.note(f"run {run.name} is done ({book.record.steps} steps): {home.shown()}")
-            return book.record
-        if book.record.attempts:
-            book.note(f"continuing run {run.name} ({book.record.status}): {home.shown()}")
+            return _done(book)
         with handling() as interrupt:
-            return _train(run, book, interrupt, engine, prepare or _prepare(), again)
+
+            def lost() -> None:
+                book.hand_over()
+                interrupt.stop()
+
+            with Lease.held(home, lost) as lease:
+                book.reread()  # another driver may have ended while this one began
+                if book.done:
+                    return _done(book)
+                if book.record.attempts:
+                    book.note(f"continuing run {run.name} ({book.record.status}): {home.shown()}")
+                try:
+                    return _train(run, book, interrupt, engine, prepare or _prepare(), again)
+                except InterruptedRun as error:
+                    if lease.lost:
+                        raise InUseError(f"another driver took over {home.shown()}") from error
+                    raise
     finally:
         book.close()
+
+
+def _done(book: Book) -> RunRecord:
+    record = book.record
+    book.note(f"run {record.name} is done ({record.steps} steps): {book.home.shown()}")
+    return record
 
 
 def _train(
