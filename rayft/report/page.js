@@ -1,5 +1,5 @@
 "use strict";
-const figures = JSON.parse(document.getElementById("figures").textContent);
+const { figures, hovers } = JSON.parse(document.getElementById("figures").textContent);
 const text = (id) => document.getElementById(id).textContent;
 
 async function library() {
@@ -22,6 +22,7 @@ function draw(width) {
   const style = getComputedStyle(document.documentElement);
   const css = (name) => style.getPropertyValue("--" + name).trim();
   const color = (name) =>
+    name[0] === "@" ? hovers[name.slice(1)] :
     name === "scale" ? [0, 1, 2, 3, 4].map((i) => [i / 4, css("c" + i)]) : css(name);
   for (const { id, height, figure } of figures) {
     const { data, layout } = themed(figure, color);
