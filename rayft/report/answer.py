@@ -141,7 +141,9 @@ def winner(facts: Facts) -> str:
             else value_of(facts.record.config, axis.name)
         )
         edge = axis.edge(params)
-        hint = f'<br><span class="note">at the {edge} end: search further</span>' if edge else ""
+        hint = (
+            f'<br><span class="note">at the {edge} end of what was searched</span>' if edge else ""
+        )
         rows.append(
             f'<tr><th scope="row"><code>{escape(axis.name)}</code></th>'
             f'<td class="n"><b>{escape(written(axis.pick(params)))}</b></td>'

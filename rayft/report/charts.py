@@ -104,6 +104,7 @@ def strip(facts: Facts, scale: Scale) -> Chart:
     heights = _spread_out([row.value or 0.0 for row in rows])
     lines = [("base model", facts.base, "dash"), ("median trial", facts.median, "dot")]
     top = max(heights, default=0) + 1.5
+    reach = _reach([*(row.value for row in rows), facts.base], 0.05)
     data = [_points(rows, [r.value for r in rows], heights, facts, size=9)]
     notes = []
     for place, (name, at, dash) in enumerate(lines):
@@ -114,15 +115,15 @@ def strip(facts: Facts, scale: Scale) -> Chart:
             "type": "scatter", "x": [at, at], "y": [-1, tall], "mode": "lines",
             "line": {"color": "@ink", "width": 1, "dash": dash}, "hoverinfo": "skip",
         })  # fmt: skip
-        notes.append(_note(at, tall, f"{name} {scale.text(at)}"))
+        notes.append(_note(at, tall, f"{name} {scale.text(at)}", reach))
     if facts.best is not None and facts.best.value is not None:
         at = facts.best.value
         name = f"<b>{words(facts.best.trial.id)} {scale.text(at)}</b>"
-        notes.append(_note(at, -1.1, name, yanchor="top"))
+        notes.append(_note(at, -1.1, name, reach, yanchor="top"))
     made = layout(
         x=f"{words(facts.record.metric)} ({_better(facts)})",
         yaxis={"visible": False, "range": [-3, top + 4.5]}, annotations=notes,
-        xaxis={"range": _reach([r.value for r in rows] + [facts.base], 0.1)},
+        xaxis={"range": reach},
     )  # fmt: skip
     told = f"{len(rows)} trials by {facts.record.metric}."
     return Chart("strip", {"data": data, "layout": made}, told, 190)
@@ -149,7 +150,8 @@ def important(facts: Facts, found: Importance) -> Chart:
     }  # fmt: skip
     made = layout(
         xaxis={"range": [0, max(*shares, found.chance) * 1.18], "visible": False},
-        yaxis={"tickfont": {"color": "@ink"}, "showgrid": False, "ticksuffix": "  "}, shapes=[line], annotations=[note],
+        yaxis={"tickfont": {"color": "@ink"}, "showgrid": False, "ticksuffix": "  "},
+        shapes=[line], annotations=[note],
         margin={"t": 22},
     )  # fmt: skip
     told = ", ".join(f"{labels[name]} {share:.0%}" for name, share in found.shares.items())
@@ -273,7 +275,7 @@ def _steps(low: float, high: float) -> list[float]:
 def _log_ticks(low: float, high: float) -> dict[str, Any]:
     at = [t for t in _steps(low, high) if low * 0.99 <= t <= high * 1.01]
     at = at if len(at) > 1 else [low, high]
-    texts = [f"{t:.0e}".replace("e-0", "e-") if t < 0.01 else f"{t:g}" for t in at]
+    texts = [f"{t:.0e}".replace("e-0", "e-") if t < 0.1 else f"{t:g}" for t in at]
     return {"tickvals": at, "ticktext": texts, "tickangle": 0}
 
 
@@ -292,8 +294,12 @@ def _spread_out(values: Sequence[float]) -> list[float]:
     return heights
 
 
-def _note(x: float, y: float, text: str, **more: Any) -> Figure:
+def _note(x: float, y: float, text: str, reach: Sequence[float], **more: Any) -> Figure:
+    """Text at a place; near an end of the axis it grows inwards, so that nothing is cut off."""
+    share = (x - reach[0]) / (reach[1] - reach[0])
+    side = "left" if share < 0.25 else "right" if share > 0.75 else "center"
     return {
+        "xanchor": side,
         "x": x, "y": y, "text": text, "showarrow": False, "yanchor": "bottom",
         "font": {"color": "@ink"},
     } | more  # fmt: skip

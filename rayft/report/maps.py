@@ -156,12 +156,12 @@ def surface(facts: Facts, scale: Scale, x: Axis, y: Axis, index: int) -> Chart:
         "marker": {
             "color": [row.value for row in rows], "colorscale": "@scale", "cmin": low,
             "cmax": high, "reversescale": facts.sign < 0,
-            "size": [16 if r.trial.id == best else 5 + 6 * i / max(count, 1)
+            "size": [16 if r.trial.id == best else 7 + 4 * i / max(count, 1)
                      for i, r in enumerate(rows)],
             "symbol": ["star" if r.trial.id == best else "circle" for r in rows],
             "line": {"width": 1, "color": "@paper"},
-            "colorbar": {"thickness": 8, "outlinewidth": 0, "tickfont": {"color": "@muted"},
-                         "nticks": 5, "title": {"text": words(facts.record.metric)}, "len": 1},
+            "colorbar": {"orientation": "h", "y": 1, "yanchor": "bottom", "thickness": 8,
+                         "nticks": 5, "len": 1.02, "outlinewidth": 0, "tickfont": {"color": "@muted", "size": 10}},
         },
     })  # fmt: skip
     made = layout(
@@ -190,11 +190,14 @@ def _contour(rows: Sequence[Row], x: Axis, y: Axis, scale: Scale) -> Figure:
             total = sum(k * value for k, (_, _, value) in zip(kernel, known, strict=True))
             line.append(total / sum(kernel))
         z.append(line)
+    heights = [value for line in z for value in line if value is not None]
+    low, high = min(heights), max(heights)
     places = [[_from_unit(axis, i / GRID) for i in range(GRID + 1)] for axis in (x, y)]
     return {
         "type": "contour", "x": places[0], "y": places[1], "z": z, "colorscale": "@scale",
-        "showscale": False, "opacity": 0.55, "hoverinfo": "skip", "ncontours": 7,
-        "contours": {"showlabels": True, "labelfont": {"size": 10, "color": "@ink"},
+        "showscale": False, "opacity": 0.55, "hoverinfo": "skip", "autocontour": False,
+        "contours": {"start": low, "end": high, "size": (high - low) / 7 or 1.0,
+                     "showlabels": True, "labelfont": {"size": 10, "color": "@ink"},
                      "labelformat": f".{scale.decimals}f"},
         "line": {"width": 0.5}, "connectgaps": False,
     }  # fmt: skip

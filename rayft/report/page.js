@@ -18,7 +18,7 @@ function themed(value, color) {
   return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, themed(v, color)]));
 }
 
-function draw(width) {
+function draw(responsive = true) {
   const style = getComputedStyle(document.documentElement);
   const css = (name) => style.getPropertyValue("--" + name).trim();
   const color = (name) =>
@@ -27,11 +27,10 @@ function draw(width) {
   for (const { id, height, figure } of figures) {
     const { data, layout } = themed(figure, color);
     const place = document.getElementById(id);
-    const wide = width ? Math.min(place.clientWidth || width, width) : undefined;
-    const size = { height, width: wide, autosize: !width };
-    const small = (width || place.clientWidth) < 500;
-    if (small && layout.legend) layout.legend.font = { size: 10 };
-    Plotly.react(place, data, { ...layout, ...size }, { displayModeBar: false, responsive: !width });
+    const width = place.clientWidth;
+    if (width < 500 && layout.legend) layout.legend.font = { size: 10 };
+    const size = responsive ? { height, autosize: true } : { height, width };
+    Plotly.react(place, data, { ...layout, ...size }, { displayModeBar: false, responsive });
   }
 }
 
@@ -59,13 +58,13 @@ function sortable(table) {
 
 document.querySelectorAll("table.sortable").forEach(sortable);
 
-library().then(() => {
+(figures.length ? library() : Promise.resolve()).then(() => {
   draw();
   document.documentElement.dataset.drawn = "yes";
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
   addEventListener("beforeprint", () => {
     document.documentElement.classList.add("paper");
-    draw(680);
+    draw(false);
   });
   addEventListener("afterprint", () => {
     document.documentElement.classList.remove("paper");
