@@ -150,6 +150,20 @@ def export(
     typer.echo(export_run(where, merge=merge, check=check, to=to, step=step))
 
 
+@app.command()
+def report(
+    where: Annotated[
+        str, typer.Argument(metavar="DIR_OR_URI", help="A sweep's folder: <storage>/<name>.")
+    ],
+) -> None:
+    """Build report.html, trials.csv and an Optuna journal of a sweep from its storage alone."""
+    _folder.set(where)
+    from rayft.report import build
+
+    for address in build(where):
+        typer.echo(address)
+
+
 def _searched(run: Run) -> str:
     """`32 trials of at most 90 steps, optuna, asha`."""
     sweep = run.sweep

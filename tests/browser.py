@@ -39,7 +39,12 @@ class Browser:
         self.said: list[str] = []
 
     async def __aenter__(self) -> Browser:
-        command = [chromium() or "chromium", *FLAGS, f"--user-data-dir={self._folder}"]
+        command = [
+            chromium() or "chromium",
+            *FLAGS,
+            f"--user-data-dir={self._folder}",
+            "about:blank",
+        ]
         self._program = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -1,10 +1,26 @@
-"""Records in, page out: report.html, trials.csv and an Optuna storage. No torch in here."""
+"""Records in, page out: report.html, trials.csv and an Optuna storage. No torch in here.
+
+from rayft.report import build
+build("runs/my-sweep")
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from rayft.core.storage import Storage
 
 PAGE, TABLE, JOURNAL = "report.html", "trials.csv", "optuna-journal.log"
+
+
+def build(where: str | Path) -> list[str]:
+    """`write_report` of the sweep in a folder or at a URI; the addresses of what was written.
+
+    Raises:
+        ConfigError, StorageError: see `write_report`.
+    """
+    home = Storage.open(str(where))
+    return [home.shown(name) for name in write_report(home)]
 
 
 def write_report(storage: Storage) -> list[str]:

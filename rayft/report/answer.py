@@ -123,7 +123,8 @@ def _seeds(facts: Facts, scale: Scale) -> str:
     if near:
         said += (
             f" {_plural(len(near), 'other trial')} lie{'s' if len(near) == 1 else ''} within one "
-            "standard deviation of the winner: take them as equally good."
+            f"standard deviation of the winner: take {'it' if len(near) == 1 else 'them'} as "
+            "equally good."
         )
     return said
 
@@ -145,7 +146,7 @@ def winner(facts: Facts) -> str:
             f'<br><span class="note">at the {edge} end of what was searched</span>' if edge else ""
         )
         rows.append(
-            f'<tr><th scope="row"><code>{escape(axis.name)}</code></th>'
+            f'<tr><th scope="row"><code>{escape(axis.name).replace(".", ".<wbr>")}</code></th>'
             f'<td class="n"><b>{escape(written(axis.pick(params)))}</b></td>'
             f'<td class="n">{escape(written(base)) if base is not None else "–"}</td>'
             f"<td>{escape(axis.said())}{hint}</td></tr>"

@@ -124,8 +124,8 @@ def _range(rows: Sequence[Row], facts: Facts) -> list[float]:
     values = sorted(facts.sign * v for row in rows for _, v in _course(row, facts))
     if not values:
         return [0.0, 1.0]
-    high = values[int(0.9 * (len(values) - 1))]
+    low, high = values[0], values[int(0.9 * (len(values) - 1))]
     if facts.base is not None:
-        high = max(high, facts.sign * facts.base)
-    pad = (high - values[0]) * 0.05 or abs(high) * 0.02 or 0.1
-    return sorted([facts.sign * (values[0] - pad), facts.sign * (high + pad)])
+        low, high = min(low, facts.sign * facts.base), max(high, facts.sign * facts.base)
+    pad = (high - low) * 0.05 or abs(high) * 0.02 or 0.1
+    return sorted([facts.sign * (low - pad), facts.sign * (high + pad)])

@@ -161,11 +161,16 @@ def surface(facts: Facts, scale: Scale, x: Axis, y: Axis, index: int) -> Chart:
             "symbol": ["star" if r.trial.id == best else "circle" for r in rows],
             "line": {"width": 1, "color": "@paper"},
             "colorbar": {"orientation": "h", "y": 1, "yanchor": "bottom", "thickness": 8,
-                         "nticks": 5, "len": 1.02, "outlinewidth": 0, "tickfont": {"color": "@muted", "size": 10}},
+                         "nticks": 5, "len": 1.02, "outlinewidth": 0,
+                         "tickfont": {"color": "@muted", "size": 10}},
         },
     })  # fmt: skip
     made = layout(
-        x=words(x.label), y=words(y.label), xaxis=ticks(x), yaxis=ticks(y) | {"automargin": True}
+        x=words(x.label),
+        y=words(y.label),
+        xaxis=ticks(x),
+        yaxis=ticks(y),
+        margin={"b": 48},
     )
     told = f"{facts.record.metric} of every trial over {x.label} and {y.label}."
     title = f"{x.label} × {y.label}"
