@@ -11,14 +11,22 @@ from typing import Any
 from rayft.config.sweep import Domain
 
 
-def written(value: Any) -> str:
-    """A value of a config field for people: 0.000217, 16, true, ["q", "v"]."""
+def written(value: Any, digits: int = 3) -> str:
+    """A value of a config field for people: 0.000217, 16, true, ["q", "v"], lr=0.001, rank=8."""
     if isinstance(value, str):
         return value
     if isinstance(value, float) and math.isfinite(value):
-        text = f"{value:.3g}"
+        text = f"{value:.{digits}g}"
         return text.replace("e-0", "e-").replace("e+0", "e+")
+    if isinstance(value, dict):
+        parts = sorted(value.items())
+        return ", ".join(f"{path.split('.')[-1]}={written(v, digits)}" for path, v in parts)
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def level(value: Any) -> str:
+    """A listed value, so exact that no two of them look the same."""
+    return written(value, 12)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Axis:
         """Where a trial lies: its value, or the index of its level."""
         value = self.pick(params)
         if self.levels:
-            text = written(value)
+            text = level(value)
             return float(self.levels.index(text)) if text in self.levels else None
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return float(value) if number else None
@@ -95,7 +103,7 @@ def _axis(name: str, label: str, domain: Domain, seen: Sequence[Mapping[str, Any
         places = [*map(float, ends), *(p for each in seen if (p := bare.at(each)) is not None)]
         return Axis(name, label, domain, bare.log, min(places), max(places))
     values = [*(domain.values or ()), *(v for each in seen if (v := bare.pick(each)) is not None)]
-    unique = list({written(value): value for value in values}.items())
+    unique = list({level(value): value for value in values}.items())
     if all(isinstance(v, int | float) and not isinstance(v, bool) for _, v in unique):
         unique.sort(key=lambda pair: pair[1])
     levels = tuple(text for text, _ in unique)

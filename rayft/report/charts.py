@@ -1,101 +1,25 @@
-"""The charts, as Plotly figures in plain data ({"data": [...], "layout": {...}}).
-
-Colours are names that the page's script replaces by those of the reader's theme: "@ink", "@best",
-"@scale" ... (page.js, page.css). All text of users is escaped: Plotly reads a little HTML.
-"""
+"""Charts of one quantity: the results, importance, each parameter, each kind of cost."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from rayft.report.axes import Axis, written
 from rayft.report.facts import Facts, Row, front
+from rayft.report.figure import (
+    COSTS,
+    Chart,
+    Figure,
+    layout,
+    metric_axis,
+    points,
+    round_logs,
+    ticks,
+    words,
+)
 from rayft.report.numbers import Scale, amount
 from rayft.report.study import Importance
-
-Figure = dict[str, Any]
-SYMBOLS = {"done": "circle", "stopped": "x", "diverged": "triangle-up", "failed": "square"}
-SYMBOL_OF_RUNNING = "circle-open"
-COSTS = {
-    "seconds": "engine seconds",
-    "memory": "memory",
-    "params_trainable": "trainable parameters",
-}
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A figure and what it says."""
-
-    id: str
-    figure: Figure
-    told: str  # for those who do not see it
-    height: int = 300
-    title: str = ""
-
-
-def words(text: Any) -> str:
-    """Text of a user for Plotly; one that starts with @ would be a colour's name."""
-    return html.escape(str(text), quote=False).replace("@", "&#64;")
-
-
-def pointed(row: Row) -> str:
-    """What page.js puts the trial's `hover` for: the text is on the page once."""
-    return f"@@{row.trial.id}"
-
-
-def hover(row: Row, facts: Facts, scale: Scale) -> str:
-    """What a trial says when it is pointed at."""
-    value = "no result" if row.value is None else scale.text(row.value)
-    lines = [f"<b>{words(row.trial.id)}</b> {words(facts.record.metric)} {value}"]
-    for axis in facts.axes:
-        picked = axis.pick(row.trial.params)
-        lines.append(f"{words(axis.label)} {words(_short(written(picked), 40))}")
-    lines += [amount(name, row.told[name]) for name in COSTS if name in row.told][:2]
-    return "<br>".join([*lines, f"{row.trial.status} at step {row.trial.step:,}"])
-
-
-def layout(x: str = "", y: str = "", **more: Any) -> Figure:
-    """What all charts share: no chrome, hairlines, the reader's colours."""
-    axis = {
-        "gridcolor": "@line", "linecolor": "@line", "zeroline": False, "automargin": True,
-        "tickfont": {"color": "@muted"}, "ticks": "", "showline": False,
-    }  # fmt: skip
-    made = {
-        "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "@ink"},
-        "margin": {"l": 8, "r": 12, "t": 8, "b": 8}, "showlegend": False,
-        "hovermode": "closest", "dragmode": False,
-        "hoverlabel": {"bgcolor": "@paper", "bordercolor": "@muted", "font": {"color": "@ink"}},
-        "xaxis": axis | {"title": {"text": x, "standoff": 8}},
-        "yaxis": axis | {"title": {"text": y, "standoff": 8}},
-    }  # fmt: skip
-    for name, change in more.items():
-        same = isinstance(made.get(name), dict) and isinstance(change, dict)
-        made[name] = made[name] | change if same else change
-    return made
-
-
-def ticks(axis: Axis) -> dict[str, Any]:
-    """A Plotly axis for a dimension."""
-    if axis.levels:
-        texts = [words(_short(level, 18)) for level in axis.levels]
-        pad = 0.5 if len(texts) > 1 else 1
-        return {
-            "tickvals": list(range(len(texts))), "ticktext": texts,
-            "range": [-pad, len(texts) - 1 + pad],
-        }  # fmt: skip
-    low, high = axis.low, axis.high
-    if axis.log:
-        low, high = math.log10(low), math.log10(high)
-        pad = (high - low) * 0.05 or 0.1
-        return {"type": "log", "range": [low - pad, high + pad]} | _log_ticks(axis.low, axis.high)
-    pad = (high - low) * 0.05 or 0.5
-    return {"range": [low - pad, high + pad]}
 
 
 def strip(facts: Facts, scale: Scale) -> Chart:
@@ -105,7 +29,7 @@ def strip(facts: Facts, scale: Scale) -> Chart:
     lines = [("base model", facts.base, "dash"), ("median trial", facts.median, "dot")]
     top = max(heights, default=0) + 1.5
     reach = _reach([*(row.value for row in rows), facts.base], 0.05)
-    data = [_points(rows, [r.value for r in rows], heights, facts, size=9)]
+    data = [points(rows, [r.value for r in rows], heights, facts, size=9)]
     notes = []
     for place, (name, at, dash) in enumerate(lines):
         if at is None:
@@ -168,8 +92,8 @@ def slices(facts: Facts) -> list[Chart]:
         xs = [axis.at(row.trial.params) for row in here]
         if axis.levels:
             xs = [x + 0.5 * _wobble(row) for x, row in zip(xs, here, strict=True) if x is not None]
-        data = [_points(here, xs, [r.value for r in here], facts)]
-        made = layout(xaxis=ticks(axis), yaxis=_metric_axis(facts, here))
+        data = [points(here, xs, [r.value for r in here], facts)]
+        made = layout(xaxis=ticks(axis), yaxis=metric_axis(facts, here))
         told = f"{facts.record.metric} of every trial over {axis.label}."
         charts.append(Chart(f"slice-{index}", {"data": data, "layout": made}, told, 240, axis.name))
     return charts
@@ -190,11 +114,11 @@ def costs(facts: Facts) -> list[Chart]:
             "line": {"color": "@ink", "width": 1.5, "shape": "hv"},
             "x": [r.told[name] for r in edge], "y": [r.value for r in edge],
         }  # fmt: skip
-        points = _points(rows, ends, [r.value for r in rows], facts, strong=edge)
+        marks = points(rows, ends, [r.value for r in rows], facts, strong=edge)
         axis = _cost_axis(name, min(ends), max(ends), log)
         figure = {
-            "data": [line, points],
-            "layout": layout(xaxis=axis, yaxis=_metric_axis(facts, rows)),
+            "data": [line, marks],
+            "layout": layout(xaxis=axis, yaxis=metric_axis(facts, rows)),
         }
         best = ", ".join(f"{r.trial.id} ({amount(name, r.told[name])})" for r in edge[:8])
         told = f"{facts.record.metric} over {label}. Pareto front: {best}."
@@ -202,53 +126,11 @@ def costs(facts: Facts) -> list[Chart]:
     return charts
 
 
-def _points(
-    rows: Sequence[Row], xs: Iterable[Any], ys: Iterable[Any], facts: Facts,
-    size: int = 8, strong: Sequence[Row] | None = None,
-) -> Figure:  # fmt: skip
-    """Trials as markers: the best a star, those in `strong` filled, the rest lighter."""
-    best = facts.best.trial.id if facts.best else ""
-    chosen = None if strong is None else {row.trial.id for row in strong}
-    crowd = 0.55 if len(rows) > 100 else 0.8
-
-    def is_strong(row: Row) -> bool:
-        return chosen is not None and row.trial.id in chosen
-
-    return {
-        "type": "scatter", "mode": "markers", "x": list(xs), "y": list(ys),
-        "hovertext": [pointed(row) for row in rows], "hoverinfo": "text",
-        "cliponaxis": False,
-        "marker": {
-            "symbol": ["star" if r.trial.id == best else SYMBOLS.get(r.trial.status,
-                       SYMBOL_OF_RUNNING) for r in rows],
-            "size": [size * 2 if r.trial.id == best else size - (r.trial.status == "stopped")
-                     for r in rows],
-            "color": ["@best" if r.trial.id == best else "@accent" if is_strong(r) or
-                      (chosen is None and r.trial.status == "done") else "@grey" for r in rows],
-            "opacity": [1 if r.trial.id == best or is_strong(r) else crowd for r in rows],
-            "line": {"width": [1 if r.trial.id == best else 0 for r in rows], "color": "@paper"},
-        },
-    }  # fmt: skip
-
-
-def _metric_axis(facts: Facts, rows: Sequence[Row]) -> dict[str, Any]:
-    """Where the results are; far outliers are cut off rather than squeezing the rest."""
-    values = sorted(facts.sign * (row.value or 0.0) for row in rows)
-    if not values:
-        return {}
-    quarter = values[len(values) // 4], values[(3 * len(values)) // 4]
-    most = quarter[1] + 4 * (quarter[1] - quarter[0]) or values[-1]
-    high = max(v for v in values if v <= most) if quarter[1] > quarter[0] else values[-1]
-    pad = (high - values[0]) * 0.08 or abs(high) * 0.02 or 0.1
-    ends = sorted([facts.sign * (values[0] - pad), facts.sign * (high + pad)])
-    return {"range": ends, "nticks": 5}
-
-
 def _cost_axis(name: str, low: float, high: float, log: bool) -> dict[str, Any]:
     if log:
         span = [math.log10(low), math.log10(high)]
         pad = (span[1] - span[0]) * 0.06
-        at = [t for t in _steps(low, high) if low * 0.9 <= t <= high * 1.1]
+        at = [t for t in round_logs(low, high) if low * 0.9 <= t <= high * 1.1]
         axis = {"type": "log", "range": [span[0] - pad, span[1] + pad]}
         return axis | {"tickvals": at, "ticktext": [amount(name, t) for t in at]}
     pad = (high - low) * 0.06
@@ -264,19 +146,6 @@ def _even(low: float, high: float, base: int) -> list[float]:
     step = next((unit * f for f in factors if (high - low) / (unit * f) <= 3.5), unit * base)
     first = math.ceil(low / step)
     return [step * n for n in range(first, math.floor(high / step) + 1)]
-
-
-def _steps(low: float, high: float) -> list[float]:
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 3) if high / low < 300 else (1,)
-    return [factor * 10.0**decade for decade in decades for factor in factors]
-
-
-def _log_ticks(low: float, high: float) -> dict[str, Any]:
-    at = [t for t in _steps(low, high) if low * 0.99 <= t <= high * 1.01]
-    at = at if len(at) > 1 else [low, high]
-    texts = [f"{t:.0e}".replace("e-0", "e-") if t < 0.1 else f"{t:g}" for t in at]
-    return {"tickvals": at, "ticktext": texts, "tickangle": 0}
 
 
 def _spread_out(values: Sequence[float]) -> list[float]:
@@ -318,7 +187,3 @@ def _wobble(row: Row) -> float:
 
 def _better(facts: Facts) -> str:
     return "lower is better" if facts.sign > 0 else "higher is better"
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rayft.report.charts import SYMBOLS, Chart, Figure, layout, pointed, words
 from rayft.report.facts import Facts, Row
+from rayft.report.figure import SYMBOLS, Chart, Figure, layout, pointed, words
 from rayft.report.numbers import Scale
 
 FEW = 5

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayft.report.axes import Axis, written
-from rayft.report.charts import Chart, Figure, layout, pointed, ticks, words
 from rayft.report.facts import Facts, Row
+from rayft.report.figure import Chart, Figure, layout, pointed, ticks, words
 from rayft.report.numbers import Scale
 from rayft.report.study import Importance
 

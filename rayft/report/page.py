@@ -14,9 +14,10 @@ from plotly.offline import get_plotlyjs
 
 import rayft
 from rayft.report.answer import answer, commands, standing, winner
-from rayft.report.charts import Chart, costs, hover, important, slices, strip
+from rayft.report.charts import costs, important, slices, strip
 from rayft.report.curves import curves
 from rayft.report.facts import Facts
+from rayft.report.figure import Chart, hover
 from rayft.report.listing import every_trial, failures, inheritance
 from rayft.report.maps import pairs, parallel, surface
 from rayft.report.numbers import Scale

@@ -23,7 +23,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from rayft.report.axes import Axis, written
+from rayft.report.axes import Axis, level
 from rayft.report.facts import Facts, Row
 
 LEAST = 12
@@ -134,8 +134,8 @@ def distribution(axis: Axis) -> BaseDistribution:
 
 def _choices(axis: Axis) -> list[Any]:
     """Numbers, flags and texts as they are, anything else as its text."""
-    values = {written(value): value for value in axis.domain.values or ()}
-    plain = [values.get(level, level) for level in axis.levels]
+    values = {level(value): value for value in axis.domain.values or ()}
+    plain = [values.get(text, text) for text in axis.levels]
     return [v if isinstance(v, bool | int | float | str | None) else t
             for v, t in zip(plain, axis.levels, strict=True)]  # fmt: skip
 

@@ -104,6 +104,8 @@ def test_axes() -> None:
     assert rank.levels == ("4", "8", "12", "16") and rank.at({"methods.0.rank": 8}) == 1
     assert rank.edge({"methods.0.rank": 16}) == "high" and rank.edge({"methods.0.rank": 8}) == ""
     assert other.levels == ("x", "null") and other.edge({"methods.1.rank": "x"}) == ""
+    close = {"optim.lr": Domain(choice=(0.00012341, 0.00012342))}
+    assert axes(close, [])[0].levels == ("0.00012341", "0.00012342")
     assert warm.unit({"train.warm": 5}) == 0.5 and warm.at({}) is None
 
 
@@ -113,7 +115,7 @@ def test_numbers_for_people() -> None:
     ]  # fmt: skip
     assert [size(b) for b in (900, 740261888, 2**34)] == ["900 B", "706 MiB", "16 GiB"]
     assert [many(n) for n in (950, 41376, 2_050_000)] == ["950", "41.4 k", "2.05 M"]
-    assert Scale.of([3.62, 3.64, 3.71, 4.9]).text(3.6219) == "3.622"
+    assert Scale.of([3.62, 3.82, 3.91, 4.9]).text(3.6219) == "3.622"
     assert Scale.of([0.5]).text(-0.25) == "−0.250" and Scale(2).text(None) == "–"
     assert [written(v) for v in (2e-5, 0.00152, True, None, [1, "a"])] == [
         "2e-5", "0.00152", "true", "null", '[1, "a"]',
