@@ -18,7 +18,7 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher, SearchGenerator
 
 from rayft.config.run import Run
 from rayft.config.sweep import AshaSpec, MedianSpec, PbtSpec
@@ -171,6 +171,38 @@ class _Tell(_Here, tune.Callback):
         self._watcher.broke(str(trial), dict(trial.config), why)
 
 
+class Population(SearchAlgorithm):
+    """Draws the first population. Tune's population-based training takes no searcher, because one
+    that learns would be misled by settings that change later; those of rayft that may stand here
+    (random, grid: config/sweep_rules.py) do not learn."""
+
+    def __init__(self, searcher: Searcher, most: int) -> None:
+        self._drawn = SearchGenerator(ConcurrencyLimiter(searcher, max_concurrent=most))
+
+    @property
+    def total_samples(self) -> int:
+        """See ray.tune.search.SearchAlgorithm."""
+        return self._drawn.total_samples
+
+    def add_configurations(self, experiments: Any) -> None:
+        """See ray.tune.search.SearchAlgorithm."""
+        self._drawn.add_configurations(experiments)
+
+    def next_trial(self) -> Any:
+        """See ray.tune.search.SearchAlgorithm."""
+        return self._drawn.next_trial()
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """See ray.tune.search.SearchAlgorithm."""
+        self._drawn.on_trial_complete(trial_id, result, error)
+
+    def is_finished(self) -> bool:
+        """See ray.tune.search.SearchAlgorithm."""
+        return self._finished or self._drawn.is_finished()
+
+
 class Phase(threading.Thread):
     """Tuner.fit() beside the main thread, which shows progress and takes signals.
 
@@ -202,16 +234,17 @@ class Phase(threading.Thread):
         here = f"node:{ray.util.get_node_ip_address()}"
         place = tune.PlacementGroupFactory([{"CPU": 0, here: 0.001}])
         sweep = run.sweep
+        population = isinstance(how, PopulationBasedTraining)
         trainable = tune.with_resources(
             tune.with_parameters(SweepTrial, desk=desk, metric=sweep.metric, mode=sweep.mode), place
         )
         self._tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=searcher,
+                search_alg=Population(searcher, most) if population else searcher,
                 scheduler=how,
                 num_samples=count,
-                max_concurrent_trials=most,
+                max_concurrent_trials=None if population else most,
                 reuse_actors=True,
                 trial_name_creator=_Names(name_of),
                 trial_dirname_creator=_Names(name_of),

@@ -150,7 +150,7 @@ def test_all_diverged_is_a_report_and_exit_5(tmp_path):
 
 def test_a_population_really_exploits(tmp_path):
     """The worst continue from the state of the best, with other settings."""
-    space = {"optim.lr": {"choice": [1e-7, 1e-7, 3e-3, 1e-2]}, "methods.0.rank": {"choice": [4, 8]}}
+    space = {"optim.lr": {"choice": [1e-7, 2e-7, 3e-3, 1e-2]}, "methods.0.rank": {"choice": [4, 8]}}
     block = {"trials": 4, "space": space, "scheduler": {"kind": "pbt", "quantile": 0.5}}
     run = load(config(tmp_path, block, train=BASE["train"] | {"steps": 24}))
     sweep(run)
