@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from rayft.compose.assemble import Built, Parts, steps_of, train_stream
-from rayft.compose.commit import load_commit
+from rayft.compose.commit import Commit, find_commit, load_commit
 from rayft.compose.data import Corpus
 from rayft.compose.job import Job
-from rayft.compose.manifest import FOLDER, folder_name
+from rayft.compose.manifest import FOLDER, BadCommit, folder_name
 from rayft.compose.session import Session
 from rayft.config.run import Run
 from rayft.core.batch import Batch
@@ -135,7 +135,7 @@ def begin(slot: Slot, source: str | None, base: Mapping[str, float]) -> None:
 def _clone(slot: Slot, source: str) -> None:
     """The state of another trial's checkpoint, committed under this trial's name."""
     where, _, name = source.rstrip("/").rpartition(f"/{FOLDER}/")
-    commit = load_commit(Storage.open(where), name)
+    commit = _donated(Storage.open(where), name)
     slot.session.take(commit)
     slot.charged = float(commit.extra(0).get("charged", 0.0))
     progress = slot.session.progress
@@ -147,3 +147,18 @@ def _clone(slot: Slot, source: str) -> None:
         progress.best = {"step": slot.step, "metric": loss, "checkpoint": name}
     slot.lane.write(slot.hold(best))
     slot.lane.settle()
+
+
+def _donated(donor: Storage, name: str) -> Commit:
+    """The commit `name`; the donor's newest where it has gone on and that one was cleared away.
+
+    Raises:
+        BadCommit: it has none.
+    """
+    try:
+        return load_commit(donor, name)
+    except BadCommit:
+        found = find_commit(donor, set_bad_aside=False)
+        if found is None:
+            raise
+        return found

@@ -206,12 +206,13 @@ def test_kill_9_of_the_driver_then_the_same_command(whole, tmp_path):
     """Finished trials stay finished, the others continue, and the numbers are those of a sweep
     that was never cut off. Meanwhile a second driver is refused."""
     folder, _, _ = whole
-    first = started(tmp_path, {"scheduler": "none"})
+    slow = {"scheduler": "none", "packs": 1, "slots": 1}  # how wide the packs are is free
+    first = started(tmp_path, slow)
     try:
         while not any(len(steps) == 3 for steps in told(tmp_path).values()):
             assert first.poll() is None, first.communicate()[0]
             time.sleep(0.2)
-        second = started(tmp_path, {"scheduler": "none"})
+        second = started(tmp_path, slow)
         said = second.communicate(timeout=60)[0]
         assert second.returncode != 0 and str(first.pid) in said
     finally:
