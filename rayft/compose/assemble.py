@@ -96,17 +96,7 @@ def assemble(run: Run, corpus: Corpus, device: torch.device) -> Parts:
     engine = strategy.prepare(built.step, list(built.groups))
     if not built.policy.probed:
         built.policy.probe()
-    stream = TrainStream(
-        table=corpus.train,
-        weights=tuple(source.weight for source in run.data.train),
-        seed=run.seed,
-        global_batch=run.train.global_batch,
-        micro_batch=run.train.micro_batch,
-        max_length=run.data.max_length,
-        packing=run.data.packing,
-        pad_id=built.tokenizer.pad_token_id,
-        epochs=run.train.epochs,
-    )
+    stream = train_stream(run, corpus, built.tokenizer.pad_token_id)
     return Parts(
         run=run,
         built=built,
@@ -114,10 +104,30 @@ def assemble(run: Run, corpus: Corpus, device: torch.device) -> Parts:
         stream=stream,
         eval_batches=held_out(run, corpus, built, engine.rank, engine.world),
         tasks=corpus.tasks,
-        steps=run.train.steps or stream.steps_for(run.train.epochs),
+        steps=steps_of(run, stream),
         params_total=facts.total,
         params_trainable=facts.trainable,
     )
+
+
+def train_stream(run: Run, corpus: Corpus, pad_id: int) -> TrainStream:
+    """The training data of `run`."""
+    return TrainStream(
+        table=corpus.train,
+        weights=tuple(source.weight for source in run.data.train),
+        seed=run.seed,
+        global_batch=run.train.global_batch,
+        micro_batch=run.train.micro_batch,
+        max_length=run.data.max_length,
+        packing=run.data.packing,
+        pad_id=pad_id,
+        epochs=run.train.epochs,
+    )
+
+
+def steps_of(run: Run, stream: TrainStream) -> int:
+    """Optimizer steps of `run`."""
+    return run.train.steps or stream.steps_for(run.train.epochs)
 
 
 def held_out(

@@ -39,10 +39,10 @@ def evaluate(
             for index, term in enumerate(objective.terms):
                 sums[index].index_add_(0, batch.task, rows[term].to("cpu", torch.float64))
     both = sum_over_ranks(torch.stack([sums, totals]), engine.device)
-    return _metrics(both[0], both[1], tasks)
+    return metrics_of(both[0], both[1], tasks)
 
 
-def _metrics(sums: torch.Tensor, totals: torch.Tensor, tasks: Sequence[str]) -> dict[str, float]:
+def metrics_of(sums: torch.Tensor, totals: torch.Tensor, tasks: Sequence[str]) -> dict[str, float]:
     """(terms, tasks) sums and counts -> named metrics. Several terms add up, as they do in
     training."""
 

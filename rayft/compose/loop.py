@@ -45,6 +45,17 @@ class StepResult:
     tokens_seen: int  # all real tokens, prompts included
 
 
+def check_finite(step: int, loss: float, norm: float) -> None:
+    """Raises DivergedError where either is not a number any more."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise DivergedError(
+            f"loss {loss:g}, gradient norm {norm:g}: not a number any more",
+            where=f"step {step}",
+            cause="learning rate too high, or a broken batch; this update was not applied",
+            fix="lower optim.lr or optim.clip; the last checkpoint is intact",
+        )
+
+
 @dataclass(frozen=True)
 class Stepper:
     """Runs single optimizer steps."""
@@ -66,13 +77,7 @@ class Stepper:
             loss += self._micro(batch, totals, last=index == len(window) - 1)
         norm = engine.step(self.lrs(step))
         loss = float(sum_over_ranks(loss, engine.device))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise DivergedError(
-                f"loss {loss:g}, gradient norm {norm:g}: not a number any more",
-                where=f"step {step}",
-                cause="learning rate too high, or a broken batch; this update was not applied",
-                fix="lower optim.lr or optim.clip; the last checkpoint is intact",
-            )
+        check_finite(step, loss, norm)
         return StepResult(loss, norm, engine.lrs(), tokens, seen)
 
     def _totals(self, window: list[Batch], stop: bool) -> tuple[Tensor, int, int, bool]:

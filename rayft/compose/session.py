@@ -8,7 +8,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from rayft.compose.loop import Progress, StepResult
 from rayft.compose.manifest import folder_name
 from rayft.core.errors import StorageError
 from rayft.core.jsonl import Appender
+from rayft.core.shards import Shard
 from rayft.core.storage import Storage
 
 T = TypeVar("T")
@@ -43,25 +44,44 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """This rank's generators. Only torch's are used after start-up (dropout); data order needs
-    none."""
-    state = {"rng.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["rng.cuda"] = torch.cuda.get_rng_state(device)
-    return state
+def fresh_seed(seed: int, rank: int, step: int) -> int:
+    """Of the generators of a rank that has no saved state at `step`."""
+    return ((seed * 1_000_003 + step) * 4_099 + rank) % 2**63
 
 
-def set_rng(
-    state: dict[str, torch.Tensor], seed: int, rank: int, step: int, device: torch.device
-) -> None:
-    """Restore `state`; a rank that did not exist when it was saved is seeded afresh."""
-    if "rng.cpu" not in state:
-        torch.manual_seed(((seed * 1_000_003 + step) * 4_099 + rank) % 2**63)
-        return
-    torch.set_rng_state(state["rng.cpu"])
-    if device.type == "cuda" and "rng.cuda" in state:
-        torch.cuda.set_rng_state(state["rng.cuda"], device)
+class Generators(Protocol):
+    """What draws random numbers while a run trains (dropout); data order needs none."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Small tensors for a checkpoint, by names that begin with `rng.`."""
+        ...
+
+    def restore(self, state: dict[str, torch.Tensor], seed: int) -> None:
+        """Continue from `state`; without one in it begin from `seed`."""
+        ...
+
+
+@dataclass(frozen=True)
+class GlobalGenerators:
+    """Torch's own of this process: a run that has the process for itself."""
+
+    device: torch.device
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See Generators."""
+        state = {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def restore(self, state: dict[str, torch.Tensor], seed: int) -> None:
+        """See Generators."""
+        if "rng.cpu" not in state:
+            torch.manual_seed(seed)
+            return
+        torch.set_rng_state(state["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in state:
+            torch.cuda.set_rng_state(state["rng.cuda"], self.device)
 
 
 @dataclass
@@ -76,6 +96,7 @@ class Session:
     progress: Progress = field(default_factory=Progress)
     earlier: float = 0.0  # seconds of the attempts before this one
     told: int = -1  # step of the last save that the driver knows of
+    generators: Generators | None = None  # default: this process's own
 
     def __post_init__(self) -> None:
         engine = self.parts.engine
@@ -88,6 +109,7 @@ class Session:
             keep=self.parts.run.train.keep,
             config=self.job.digest,
         )
+        self.generators = self.generators or GlobalGenerators(self.device)
         self.metrics = Appender(self.storage, "metrics.jsonl") if self.rank == 0 else None
 
     # ---- restore
@@ -96,17 +118,21 @@ class Session:
         """Continue from the newest commit that verifies; None when there is none."""
         name = agree(self._newest, self.rank, self.world)
         if name is None:
-            set_rng({}, self.parts.run.seed, self.rank, 0, self.device)
+            self.generators.restore({}, fresh_seed(self.parts.run.seed, self.rank, 0))
             return None
         commit = load_commit(self.storage, name, verify=False)  # rank 0 has just verified it
+        self.take(commit)
+        self.writer.parent = commit.name
+        return commit
+
+    def take(self, commit: Commit) -> None:
+        """The state of `commit`: parameters, optimizer, generators, progress."""
         with commit.reader() as reader:
             self.parts.engine.load(reader)
             saved = reader.whole(self.rank) if self.rank < commit.world else {}
-            set_rng(saved, self.parts.run.seed, self.rank, commit.step, self.device)
+            self.generators.restore(saved, fresh_seed(self.parts.run.seed, self.rank, commit.step))
         self.progress = Progress(**commit.extra(0)["progress"])
         self.earlier = self.progress.seconds
-        self.writer.parent = commit.name
-        return commit
 
     def _newest(self) -> str | None:
         commit = find_commit(self.storage)
@@ -138,7 +164,12 @@ class Session:
         parts = self.parts
         if not parts.eval_batches:
             return False
-        found = evaluate(parts.engine, parts.built.objective, parts.eval_batches, parts.tasks)
+        return self.judge(
+            step, evaluate(parts.engine, parts.built.objective, parts.eval_batches, parts.tasks)
+        )
+
+    def judge(self, step: int, found: dict[str, float]) -> bool:
+        """Log an evaluation, and say whether it is the best so far."""
         if step == 0:
             self.progress.base = found
         self.progress.eval = found
@@ -155,9 +186,14 @@ class Session:
 
     def save(self, step: int, best: bool) -> None:
         """Snapshot the state and let the writer commit it in the background."""
+        shard, extra = self.state(step)
+        self.writer.save(step, shard, extra, best=best)
+        self._tell_saves(step)
+
+    def state(self, step: int) -> tuple[Shard, dict[str, Any]]:
+        """What a checkpoint holds: live references, and JSON. The metrics so far are durable."""
         self.progress.seconds = self.seconds()
         shard = self.parts.engine.shard()
-        whole = {**shard.whole, **rng_state(self.device)}
         extra = {
             "progress": asdict(self.progress),
             "data_hash": self.job.data_hash,
@@ -166,8 +202,7 @@ class Session:
         }
         if self.metrics is not None:
             self.metrics.flush()
-        self.writer.save(step, replace(shard, whole=whole), extra, best=best)
-        self._tell_saves(step)
+        return replace(shard, whole={**shard.whole, **self.generators.state()}), extra
 
     # ---- the end
 

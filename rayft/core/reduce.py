@@ -49,6 +49,15 @@ def reduce_rows(rows: Mapping[str, Tensor], scale: Mapping[str, Tensor]) -> Tens
     return torch.stack([(rows[term] * scale[term]).sum() for term in rows]).sum()
 
 
+def trial_losses(
+    rows: Mapping[str, Tensor], scale: Mapping[str, Tensor], trial: Tensor, trials: int
+) -> Tensor:
+    """(trials,): `reduce_rows` of every trial alone; their sum is what a pack goes backward from.
+    `trial` (B,) is the trial of each row."""
+    total = torch.stack([rows[term] * scale[term] for term in rows]).sum(dim=0)  # (B,)
+    return torch.zeros(trials, dtype=total.dtype, device=total.device).index_add(0, trial, total)
+
+
 def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     """`values` added up over all ranks, on CPU; itself when there is one rank."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

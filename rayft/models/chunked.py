@@ -8,7 +8,8 @@ The head's gradient is formed in the forward pass, chunk by chunk, so nothing is
 fused GPU kernels; here the GEMMs are torch's own and run on any device).
 
 Shapes: B rows, T tokens, H hidden, V vocabulary, N trained positions, n positions of a chunk; cap
-is Gemma's `c tanh(z / c)`, m a constant multiplier (Cohere, Granite). Loss in nats, float32.
+is Gemma's `c tanh(z / c)`, m a constant multiplier (Cohere, Granite). Loss in nats, float32, of
+float64 models float64.
 Left out: label smoothing, class weights, z-loss; a second derivative.
 """
 
@@ -66,9 +67,9 @@ def chunk_size(positions: int, trained: int) -> int:
 
 
 def row_sums(nll: Tensor, positions: Tensor, rows: int, length: int) -> Tensor:
-    """(N,) -> (B,) float32. Scattered to (B, T) and summed, which has one order of additions on
-    every device; index_add does not."""
-    table = torch.zeros(rows * length, dtype=torch.float32, device=nll.device)
+    """(N,) -> (B,). Scattered to (B, T) and summed, which has one order of additions on every
+    device; index_add does not."""
+    table = torch.zeros(rows * length, dtype=nll.dtype, device=nll.device)
     return table.index_copy(0, positions, nll).view(rows, length).sum(dim=1)
 
 
@@ -88,7 +89,7 @@ class ChunkedNll(torch.autograd.Function):
         grad: bool,
     ) -> Tensor:
         """hidden (B, T, H), weight (V, H), bias (V,) or None, positions and targets (N,), scale
-        (B,) -> (B,) float32. `grad`: form gradients (False under no_grad)."""
+        (B,) -> (B,). `grad`: form gradients (False under no_grad)."""
         rows, length, width = hidden.shape
         device = hidden.device.type
         dtype = weight.dtype
@@ -102,16 +103,17 @@ class ChunkedNll(torch.autograd.Function):
             # Rows of one solo run share one scale, so rel is exactly 1 and bf16 loses nothing.
             unit = scale.max() if rows else scale.sum()
             rel = torch.where(unit > 0, scale / unit, torch.zeros_like(scale))  # (B,)
-            nll = torch.empty(len(positions), dtype=torch.float32, device=hidden.device)
+            exact = torch.float64 if dtype == torch.float64 else torch.float32
+            nll = torch.empty(len(positions), dtype=exact, device=hidden.device)
             dh = flat.new_empty(len(positions), width) if need_h else None
-            dw = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
-            db = torch.zeros_like(bias, dtype=torch.float32) if need_b else None
+            dw = torch.zeros_like(weight, dtype=exact) if need_w else None
+            db = torch.zeros_like(bias, dtype=exact) if need_b else None
             step = chunk_size(rows * length, len(positions))
             for start in range(0, len(positions), step):
                 part = slice(start, start + step)
                 h = flat[positions[part]].to(dtype)  # (n, H)
                 z = logit_map.forward(functional.linear(h, w, b))  # (n, V)
-                logp = torch.log_softmax(z, dim=-1, dtype=torch.float32)
+                logp = torch.log_softmax(z, dim=-1, dtype=exact)
                 target = targets[part, None]
                 nll[part] = -logp.gather(1, target).squeeze(1)
                 if not (need_h or need_w or need_b):
@@ -126,7 +128,7 @@ class ChunkedNll(torch.autograd.Function):
                 if need_w:
                     _accumulate(dw, dz, weighted)
                 if need_b:
-                    db += rel[positions[part] // length].to(torch.float32) @ dz.float()
+                    db += rel[positions[part] // length].to(exact) @ dz.to(exact)
         ctx.save_for_backward(positions, scale, unit, dh, dw, db)
         ctx.shape, ctx.dtypes = hidden.shape, (weight.dtype, None if bias is None else bias.dtype)
         return row_sums(nll, positions, rows, length)
@@ -151,8 +153,8 @@ class ChunkedNll(torch.autograd.Function):
 
 
 def _accumulate(dw: Tensor, dz: Tensor, h: Tensor) -> None:
-    """dw (V, H) float32 += dz^T h, products in the dtype of dz."""
-    if dz.dtype == torch.float32:
+    """dw (V, H) += dz^T h, products in the dtype of dz."""
+    if dz.dtype == dw.dtype:
         dw.addmm_(dz.T, h)
     else:
         dw.add_(dz.T @ h)
@@ -189,7 +191,8 @@ def plain_nll(
 
     def part_nll(h: Tensor, target: Tensor) -> Tensor:
         z = logit_map.forward(head(h))
-        return functional.cross_entropy(z.float(), target, reduction="none")
+        exact = z if z.dtype == torch.float64 else z.float()
+        return functional.cross_entropy(exact, target, reduction="none")
 
     step = chunk_size(rows * length, len(positions))
     # At least one call, be it empty: collective hooks of a sharded head must run on every rank.

@@ -21,8 +21,8 @@ from ray.tune.schedulers import (
 from ray.tune.search import Searcher
 
 from rayft.config.run import Run
-from rayft.config.space import perturbable
 from rayft.config.sweep import AshaSpec, MedianSpec, PbtSpec
+from rayft.config.sweep_rules import perturbable
 from rayft.runtime.failure import first_line
 from rayft.runtime.trial import SCORE, SweepTrial
 
@@ -222,6 +222,10 @@ class Phase(threading.Thread):
                 stop=_Stop(watcher.over),
                 callbacks=[_Tell(watcher)],
                 failure_config=tune.FailureConfig(max_failures=3),
+                # a pointer is made when population-based training asks for one, never else
+                checkpoint_config=tune.CheckpointConfig(
+                    checkpoint_frequency=0, checkpoint_at_end=False
+                ),
                 verbose=0,
             ),
         )

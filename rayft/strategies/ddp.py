@@ -49,8 +49,8 @@ class DdpStrategy:
         return nullcontext()
 
     def prepare(self, step: nn.Module, groups: list[Group]) -> DdpEngine:
-        """Move `step` to the device, trained parameters to fp32, and wrap it where there are
-        several ranks."""
+        """Move `step` to the device, trained parameters to fp32 (fp64 stays), and wrap it where
+        there are several ranks."""
         return DdpEngine(step, groups, self.optim, self.precision, self.device)
 
 
@@ -73,7 +73,8 @@ class DdpEngine:
         self._step = step.to(device)
         self._named = slices.trained(step, groups)
         for param in self._named.values():
-            param.data = param.data.float()
+            if param.dtype != torch.float64:
+                param.data = param.data.float()
         self._ddp = None
         if self.world > 1:
             self._ddp = DistributedDataParallel(

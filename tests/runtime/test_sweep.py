@@ -30,7 +30,8 @@ BASE = {
     "data": {
         "train": [{"path": "builtin:docstrings", "samples": 400}],
         "eval": [{"path": "builtin:docstrings", "split": "heldout", "samples": 16}],
-        "max_length": 48,
+        "max_length": 96,
+        "bad_rows": 0.2,
     },
     "optim": {"lr": 1e-3, "warmup": 0},
     "train": {"steps": 12, "global_batch": 4, "eval_every": 4, "eval_batch": 16},

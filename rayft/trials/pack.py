@@ -1,0 +1,287 @@
+"""Pack: N LoRA trials on one frozen base, each of them the run it would have been alone.
+
+One thread drives it. A step is one optimizer step of every trial that is in: the micro-batches of
+all of them go through the base together, clipping and AdamW are each trial's own. Trials join and
+leave between two steps. A trial's folder holds what its own run would leave there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rayft import objectives
+from rayft.compose.assemble import Built, held_out
+from rayft.compose.data import open_corpus
+from rayft.compose.job import Job
+from rayft.compose.loop import StepResult, check_finite
+from rayft.compose.manifest import FOLDER, folder_name
+from rayft.compose.session import peak_memory
+from rayft.config.run import Run
+from rayft.core.errors import ConfigError, DivergedError
+from rayft.core.record import Status
+from rayft.models.load import check_vocabulary, load_model, load_tokenizer
+from rayft.models.quiet import hush
+from rayft.strategies.optim import build_optimizer
+from rayft.trials.forward import PackedModel
+from rayft.trials.initial import Start, fresh, twin
+from rayft.trials.joining import begin, check, claim_of, find_room, make_slot, refuse, rows_of
+from rayft.trials.room import Room, bytes_of, everything
+from rayft.trials.scoring import HeldOut
+from rayft.trials.shelf import Row
+from rayft.trials.slots import Optimizer, Slot
+from rayft.trials.stepping import Stepped, alone, optimize
+from rayft.trials.types import NoRoom, Standing, Told
+
+
+class Pack:
+    """See the head of this file.
+
+    Args:
+        run: of any trial: the base model, the targets, the objective and the data are read from it.
+        data_dir, data_hash: compose.job.Prepared.uri and .hash.
+        slots: trials at a time.
+        memory: bytes the pack may use; default all of the device.
+        facts: "versions" and "hardware" for run.json.
+        divergence: a held-out loss above this times the base model's is a diverged trial.
+        optimizer: makes a trial's optimizer from its groups.
+
+    Raises:
+        ConfigError: this base, these targets or this data cannot be shared.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        data_dir: str,
+        data_hash: str,
+        device: torch.device,
+        *,
+        slots: int,
+        memory: int | None = None,
+        facts: Mapping[str, Any] | None = None,
+        divergence: float = 1.5,
+        optimizer: Optimizer = build_optimizer,
+    ) -> None:
+        began = time.perf_counter()
+        hush()
+        refuse(run)
+        self.run, self.device, self.slots = run, device, slots
+        self._data_hash, self._facts, self._divergence = data_hash, dict(facts or {}), divergence
+        self._optimizer = optimizer
+        self._corpus = open_corpus(run, data_dir, data_hash)
+        self._load()
+        batches = held_out(run, self._corpus, self._built, 0, 1)
+        self._held_out = HeldOut(batches, self._corpus.tasks)
+        self._slots: dict[str, Slot] = {}
+        names = ("steps", "busy", "seconds", "tokens", "alone_step_seconds")
+        self._stats = dict.fromkeys(names, 0.0)
+        self.base = self._held_out.base(self._model)
+        self._room = Room(device, self._bytes, memory or everything(device))
+        self._stats["start_seconds"] = time.perf_counter() - began
+
+    def _load(self) -> None:
+        run, tokenizer = self.run, load_tokenizer(self.run.model)
+        recomputes = run.train.gradient_checkpointing
+        model = load_model(
+            run.model, device=self.device, seed=run.seed, gradient_checkpointing=recomputes
+        )
+        check_vocabulary(model, tokenizer)
+        self._bytes = bytes_of(model)
+        self._template = twin(model)
+        start = fresh(self._template, run)
+        precision = run.model.dtype if run.train.precision == "auto" else run.train.precision
+        objective = objectives.build(run.objective)
+        self._model = PackedModel(
+            model,
+            start.layers,
+            objective,
+            self.device,
+            packing=run.data.packing,
+            autocast=precision == "bf16",
+            recomputes=recomputes,
+        )
+        step = self._model.step
+        self._built = Built(self._template, tokenizer, (), (), objective, step.policy, step)
+
+    # ---- who is in
+
+    @property
+    def trials(self) -> tuple[str, ...]:
+        """Ids of the trials that are in."""
+        return tuple(self._slots)
+
+    @property
+    def free(self) -> int:
+        """Free slots."""
+        return self.slots - len(self._slots)
+
+    def admit(self, job: Job, source: str | None = None) -> int:
+        """Take a trial in; the step it continues from.
+
+        It goes on from the newest commit of its own folder, else from `source` (the address of
+        another trial's checkpoint; its state under this trial's settings, committed at once under
+        its own name), else from the start.
+
+        Raises:
+            NoRoom: no slot or no memory now.
+            ConfigError: it does not belong into this pack.
+            InfeasibleError: it would not fit even alone.
+        """
+        run = Run.model_validate(job.config)
+        check(run, job, self.run, self._data_hash)
+        if run.name in self._slots:
+            raise ConfigError(f"{run.name} is in this pack already")
+        if not self.free:
+            raise NoRoom(f"all {self.slots} slots of the pack are taken")
+        start = fresh(self._template, run)
+        row = start.row(rows_of(run))
+        others = [claim_of(slot.run, slot.row, self._corpus) for slot in self._slots.values()]
+        find_room(self._room, run.name, claim_of(run, row, self._corpus), others)
+        self._model.shelves.add(row, start.flat(row.layout))
+        try:
+            slot = self._begun(job, run, start, row, source)
+        except BaseException:
+            self._model.shelves.drop(row)
+            raise
+        self._slots[slot.trial] = slot
+        if not self._stats["alone_step_seconds"]:
+            self._stats["alone_step_seconds"] = alone(self._model, slot, self._room)
+        return slot.step
+
+    def _begun(self, job: Job, run: Run, start: Start, row: Row, source: str | None) -> Slot:
+        batches, facts = self._held_out.batches, self._facts
+        slot = make_slot(
+            job, run, start, row, self._corpus, self._built, batches, self._optimizer, facts
+        )
+        try:
+            begin(slot, source, self.base)
+        except BaseException:
+            slot.let_go()
+            raise
+        return slot
+
+    def leave(self, trial: str, *, keep: bool) -> None:
+        """Free the slot at once. `keep`: its best state is committed and stays, else its
+        checkpoints go; metrics.jsonl and run.json stay.
+
+        Raises:
+            StorageError: the files could not be written; the slot is free all the same.
+        """
+        self._drop(self._slots[trial], "interrupted", keep=keep)
+
+    def commit(self, trial: str) -> str:
+        """Its present state, durable on return; the address of the checkpoint folder.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        slot = self._slots[trial]
+        slot.lane.write(slot.hold(best=False))
+        slot.lane.settle()
+        name = folder_name(slot.step, slot.session.job.attempt)
+        return slot.session.storage.child(FOLDER, name).uri
+
+    def close(self) -> None:
+        """Commit everyone who is still in, then let go."""
+        for slot in self._slots.values():
+            slot.lane.write(slot.hold(best=False))
+        for slot in list(self._slots.values()):
+            self._drop(slot, "interrupted", keep=True)
+
+    def _drop(self, slot: Slot, status: Status, *, keep: bool, error: str = "") -> None:
+        held = slot.last() if keep else None
+        del self._slots[slot.trial]
+        self._model.shelves.drop(slot.row)
+        slot.end(status, held, keep=keep, error=error)
+
+    def stats(self) -> dict[str, float]:
+        """slots, steps, busy (slot-seconds), seconds (stepping and evaluating), tokens (seen),
+        start_seconds, alone_step_seconds (forward and backward of the first trial's first step by
+        itself), memory (bytes)."""
+        return {**self._stats, "slots": self.slots, "memory": float(peak_memory(self.device))}
+
+    # ---- steps
+
+    def step(self) -> list[Told]:
+        """One optimizer step of every trial, then the evaluations that are due. A trial that ends
+        has left its slot and its files are durable when it is told."""
+        slots, began = list(self._slots.values()), time.perf_counter()
+        if not slots:
+            return []
+        stepped = optimize(self._model, slots)
+        seconds = time.perf_counter() - began
+        broken: dict[Slot, DivergedError] = {}
+        for slot in slots:
+            try:
+                self._note(slot, stepped[slot], seconds)
+            except DivergedError as error:
+                broken[slot] = error
+        due = [s for s in slots if s not in broken and s.schedule.evaluates(s.step)]
+        better = self._evaluate(due, broken)
+        self._charge(stepped, time.perf_counter() - began)
+        ended: dict[Slot, Standing] = dict.fromkeys(broken, "diverged")
+        ended |= {s: "done" for s in slots if s not in broken and s.step == s.schedule.total}
+        for slot in slots:
+            self._save(slot, slot in better, ended.get(slot))
+        share = peak_memory(self.device) / len(slots)
+        told = []
+        for slot in slots:
+            standing, error = ended.get(slot, "running"), str(broken.get(slot, ""))
+            if slot in ended:
+                self._drop(slot, standing, keep=standing == "done", error=error)
+            if slot in ended or slot in due:
+                told.append(Told(slot.trial, slot.step, slot.metrics(share), standing, error))
+        return told
+
+    def _note(self, slot: Slot, stepped: Stepped, seconds: float) -> None:
+        slot.loss, step = stepped.loss, slot.step + 1
+        check_finite(step, stepped.loss, stepped.norm)
+        session = slot.session
+        session.progress.step = step
+        session.progress.tokens += stepped.tokens
+        lrs = session.parts.engine.lrs()
+        result = StepResult(stepped.loss, stepped.norm, lrs, stepped.tokens, stepped.seen)
+        session.log(step, result, seconds)
+
+    def _charge(self, stepped: Mapping[Slot, Stepped], seconds: float) -> None:
+        """Share the seconds of a step by tokens."""
+        seen = sum(one.seen for one in stepped.values())
+        for slot, one in stepped.items():
+            slot.charged += seconds * one.seen / max(seen, 1)
+        self._stats["steps"] += 1
+        self._stats["seconds"] += seconds
+        self._stats["busy"] += seconds * len(stepped)
+        self._stats["tokens"] += seen
+
+    def _evaluate(self, due: Sequence[Slot], broken: dict[Slot, DivergedError]) -> set[Slot]:
+        """Evaluate and log; those whose state is their best so far. A loss far above the base's
+        goes to `broken`."""
+        if not due or not self._held_out.batches:
+            return set()
+        better, start = set(), self.base["eval_loss"]
+        scores = self._held_out.score(self._model, [slot.row for slot in due])
+        for slot, found in zip(due, scores, strict=True):
+            best = slot.session.judge(slot.step, found)
+            if not found["eval_loss"] <= self._divergence * start:
+                broken[slot] = DivergedError(
+                    f"held-out loss {found['eval_loss']:.4g}, the base model has {start:.4g}",
+                    where=f"step {slot.step}",
+                    cause=f"above {self._divergence:g} times the base model's",
+                    fix="lower optim.lr or optim.clip",
+                )
+            elif best:
+                better.add(slot)
+        return better
+
+    def _save(self, slot: Slot, best: bool, standing: Standing | None) -> None:
+        """Hold the best state; commit when a commit is due (at the end: `_drop`)."""
+        every = slot.run.train.save_every
+        asked = every is not None and slot.step % every == 0
+        if standing is None and (asked or slot.lane.due):
+            slot.lane.write(slot.hold(best))
+        elif best and standing != "diverged":
+            slot.lane.keep(slot.hold(best=True))

@@ -1,0 +1,252 @@
+"""Many LoRA adapters on one frozen linear layer: every row of a batch goes through its trial's own.
+
+    y = W x + b + s B A drop(x)                         LoRA, LoRA+, rsLoRA (s and rates differ)
+    y = b + c (W x + s B A x),  c = m / ||W + s B A||   DoRA without dropout (norms by row of W,
+    y = b + W x + (c - 1) W z + c s B A z, z = drop(x)  DoRA with dropout     taken as constants)
+
+    ||W_i + s B_i A||^2 = ||W_i||^2 + 2 s B_i . (A W_i^T) + s^2 B_i (A A^T) B_i^T
+
+Rows of one trial are neighbours; neighbouring trials with equal rows and padded rank are one
+batched product. The backward pass is written out: it adds the adapters' gradients straight into the
+shelf's buffer and returns the gradient of x alone. W, quantised or not, is only read.
+
+Shapes: n trials of a bunch, t tokens of each (rows x T), R padded rank, d_in, d_out.
+Papers and what is left out: methods/lora.py. Deviation from peft: the row norm is never taken of a
+materialised W + s B A, so it is rounded otherwise (1e-7 relative in float32).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from rayft.core.errors import ConfigError
+from rayft.trials.seating import Bunch, Desk, Seating, masks
+from rayft.trials.shelf import LayerSize, Shelf
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer and the adapters of all trials."""
+
+    def __init__(self, base: nn.Module, index: int, size: LayerSize, desk: Desk) -> None:
+        super().__init__()
+        self.base, self.index, self.size = base, index, size
+        self.desk = desk
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, d_in) -> (B, T, d_out), also (B T, d_in) -> (B T, d_out)."""
+        seating = self.desk.seating
+        if seating is None:
+            return self.base(x)
+        if x.shape[:-1] not in ((seating.rows, seating.length), (seating.rows * seating.length,)):
+            raise ConfigError(
+                f"{self.size.name} gets an input of shape {tuple(x.shape)}: its rows are not those "
+                "of the batch, so trials cannot share it",
+                fix="leave it out of the targets, or set sweep.pack=off",
+            )
+        dtype = _arithmetic(x, seating)
+        if type(self.base) is nn.Linear:
+            return _Adapted.apply(x, None, self.desk.anchor, self, seating, dtype)
+        return _Adapted.apply(x, self.base(x), self.desk.anchor, self, seating, dtype)
+
+    def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x W^T without the bias."""
+        if type(self.base) is nn.Linear:
+            return functional.linear(x.to(dtype), self.base.weight.to(dtype))
+        y = self.base(x.to(dtype))
+        return y if self.base.bias is None else y - self.base.bias
+
+    def back(self, g: Tensor, dtype: torch.dtype) -> Tensor:
+        """g W, the gradient of `product` with respect to x."""
+        if type(self.base) is nn.Linear:
+            return g.to(dtype) @ self.base.weight.to(dtype)
+        with torch.enable_grad():  # a quantised layer knows its own backward pass
+            x = g.new_zeros(*g.shape[:-1], self.size.d_in, dtype=dtype, requires_grad=True)
+            return torch.autograd.grad(self.product(x, dtype), x, g.to(dtype))[0]
+
+    def factor(self, bunch: Bunch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """DoRA: m / ||W + s B A|| (n, 1, d_out) in `dtype`, and 1 / ||W + s B A|| (n, d_out)."""
+        shelf, at = bunch.shelf, (bunch.low, bunch.high)
+        inverse = shelf.derived(self.index, lambda: self._inverse_norm(shelf))[slice(*at)]
+        m = shelf.view("params", self.index, "lora_magnitude", *at)
+        return (m * inverse)[:, None].to(dtype), inverse
+
+    def _inverse_norm(self, shelf: Shelf) -> Tensor:
+        a, b = (
+            shelf.view("params", self.index, group, 0, len(shelf.members))
+            for group in ("lora_A", "lora_B")
+        )
+        s = shelf.scaling * b  # (n, d_out, R)
+        cross = self.product(a, a.dtype).to(b.dtype)  # (n, R, d_out): A W^T
+        square = shelf.norms[self.index] + 2 * (s * cross.transpose(1, 2)).sum(-1)
+        square += (torch.bmm(s, torch.bmm(a, a.transpose(1, 2))) * s).sum(-1)
+        return square.clamp_(min=0).rsqrt_()
+
+
+def _arithmetic(x: Tensor, seating: Seating) -> torch.dtype:
+    """Of the adapters' products: autocast's, else that of the adapters themselves."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return seating.bunches[0].shelf.params.dtype
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One bunch at one layer."""
+
+    layer: PackedLinear
+    bunch: Bunch
+    length: int  # T
+    dtype: torch.dtype
+
+    def cut(self, flat: Tensor) -> Tensor:
+        """(B T, d) -> (n, t, d), a view."""
+        low, high = self.bunch.first * self.length, self.bunch.last * self.length
+        return flat[low:high].view(self.bunch.high - self.bunch.low, -1, flat.shape[-1])
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (n, R, d_in), B (n, d_out, R) in the arithmetic of the products."""
+        at = (self.bunch.low, self.bunch.high, self.dtype)
+        shelf, index = self.bunch.shelf, self.layer.index
+        return shelf.operand(index, "lora_A", *at), shelf.operand(index, "lora_B", *at)
+
+    def collect(self, group: str, left: Tensor, right: Tensor) -> None:
+        """Add the batched product to the gradients of `group`."""
+        at = (self.bunch.low, self.bunch.high)
+        grads = self.bunch.shelf.view("grads", self.layer.index, group, *at)
+        if grads.dtype == left.dtype:
+            grads.baddbmm_(left, right)
+        else:
+            grads.add_(torch.bmm(left, right))
+
+    def ahead(self, flat: Tensor, out: Tensor, mask: Tensor | None) -> list[Tensor | None]:
+        """Change the rows of `out`, which hold W x + b; [mask, s A z (n, t, R), what c multiplies
+        (n, t, d_out) with DoRA]."""
+        a, b = self.factors()
+        y, z = self.cut(out), self.cut(flat)
+        z = (z if mask is None else z * mask).to(self.dtype)
+        h = torch.bmm(z, a.transpose(1, 2)).mul_(self.bunch.scaling)
+        if not self.bunch.shelf.layout.dora:
+            _add_product(y, h, b.transpose(1, 2))
+            return [mask, h, None]
+        c, _ = self.layer.factor(self.bunch, self.dtype)
+        if mask is None:
+            bias = self.layer.base.bias
+            u = y.to(self.dtype) if bias is None else y.to(self.dtype) - bias
+            u = torch.baddbmm(u, h, b.transpose(1, 2))
+            y.copy_(u * c if bias is None else u * c + bias)
+        else:
+            once = self.layer.product(z, self.dtype)
+            u = torch.baddbmm(once, h, b.transpose(1, 2))
+            y.add_(u * c - once)
+        return [mask, h, u]
+
+    def behind(
+        self, flat: Tensor, g: Tensor, outer: Tensor, kept: list[Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the adapters; (gradient of A z (n, t, R), gradient of W z or None).
+
+        `g` (B T, d_out) arrives; `outer` becomes the gradient of W x + b."""
+        mask, h, u = kept
+        a, b = self.factors()
+        gy, through = self.cut(g).to(self.dtype), None
+        if u is not None:
+            c, inverse = self.layer.factor(self.bunch, self.dtype)
+            at = (self.bunch.low, self.bunch.high)
+            gm = self.bunch.shelf.view("grads", self.layer.index, "lora_magnitude", *at)
+            gm.add_((gy * u).sum(1).to(gm.dtype) * inverse)
+            gu = gy * c
+            if mask is None:
+                self.cut(outer).copy_(gu)
+            else:
+                through = gu - gy
+            gy = gu
+        self.collect("lora_B", gy.transpose(1, 2), h)
+        dh = torch.bmm(gy, b).mul_(self.bunch.scaling)
+        z = self.cut(flat)
+        z = (z if mask is None else z * mask).to(self.dtype)
+        self.collect("lora_A", dh.transpose(1, 2), z)
+        return dh, through
+
+    def into(self, gx: Tensor, dh: Tensor, through: Tensor | None, mask: Tensor | None) -> None:
+        """Add the adapters' part to the gradient of x, (B T, d_in)."""
+        a, _ = self.factors()
+        if mask is None:
+            _add_product(self.cut(gx), dh, a)
+            return
+        gz = torch.bmm(dh, a)
+        if through is not None:
+            gz += self.layer.back(through, self.dtype)
+        self.cut(gx).add_(gz * mask)
+
+
+def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    if to.dtype == left.dtype:
+        to.baddbmm_(left, right)
+    else:
+        to.add_(torch.bmm(left, right))
+
+
+class _Adapted(torch.autograd.Function):
+    """The equations above. `base_out` is W x + b where the base layer computed it itself."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        base_out: Tensor | None,
+        anchor: Tensor,
+        layer: PackedLinear,
+        seating: Seating,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See PackedLinear.forward."""
+        with torch.autocast(x.device.type, enabled=False):
+            if base_out is None:
+                base = layer.base
+                bias = None if base.bias is None else base.bias.to(dtype)
+                out = functional.linear(x.to(dtype), base.weight.to(dtype), bias)
+            else:
+                ctx.mark_dirty(base_out)
+                out = base_out
+            flat, into = x.reshape(-1, layer.size.d_in), out.view(-1, layer.size.d_out)
+            kept: list[Tensor | None] = []
+            parts = [_Part(layer, bunch, seating.length, dtype) for bunch in seating.bunches]
+            for number, part in enumerate(parts):
+                mask = None
+                if layer.training:
+                    mask = masks(seating, layer.index, number, part.cut(flat))
+                kept += part.ahead(flat, into, mask)
+        ctx.save_for_backward(x, *kept)
+        ctx.layer, ctx.parts, ctx.fused = layer, parts, base_out is None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        """Adds to the shelves' gradients; returns those of x and of `base_out`."""
+        layer, parts = ctx.layer, ctx.parts
+        x, *kept = ctx.saved_tensors
+        flat, g_flat = x.reshape(-1, layer.size.d_in), g.reshape(-1, layer.size.d_out)
+        saved = [kept[3 * number : 3 * number + 3] for number in range(len(parts))]
+        outer = g_flat
+        if any(u is not None and mask is None for mask, _, u in saved):
+            outer = g_flat.clone()
+        back = [
+            part.behind(flat, g_flat, outer, one) for part, one in zip(parts, saved, strict=True)
+        ]
+        gx = None
+        if ctx.needs_input_grad[0]:
+            dtype = parts[0].dtype
+            if ctx.fused:
+                gx = layer.back(outer, dtype)
+            else:
+                gx = torch.zeros(flat.shape, dtype=dtype, device=flat.device)
+            for part, one, (dh, through) in zip(parts, saved, back, strict=True):
+                part.into(gx, dh, through, one[0])
+            gx = gx.view(x.shape).to(x.dtype)
+        return gx, None if ctx.fused else outer.view(g.shape), None, None, None, None

@@ -1,0 +1,86 @@
+"""What fits: the memory of a pack as its trials take it.
+
+    bytes = base + 16 P (parameters, gradients, two moments; P padded) + activations per token
+            * rows of one forward pass * longest row
+
+Activations per token are measured once, on the first trial's own batches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ADAM = 16  # bytes per adapter parameter in float32
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one trial needs."""
+
+    params: int  # of its row
+    rows: int  # of its largest micro-batch
+    length: int  # tokens of its longest row
+
+
+@dataclass
+class Room:
+    """The memory of one pack."""
+
+    device: torch.device
+    base: int  # bytes of the base model
+    limit: int  # bytes the pack may use
+    per_token: float = 0.0  # bytes of activations; 0 until it is measured
+
+    def need(self, claims: Iterable[Claim]) -> int:
+        """Bytes with these trials in."""
+        claims = list(claims)
+        length = max((claim.length for claim in claims), default=0)
+        tokens = length * sum(claim.rows for claim in claims)
+        adapters = ADAM * sum(claim.params for claim in claims)
+        return int(self.base + adapters + self.per_token * tokens)
+
+    def measure(self, run: Callable[[], int]) -> None:
+        """`run` does a forward and backward pass and returns its tokens, padding included."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            tokens = run()
+            torch.cuda.synchronize(self.device)
+            used = torch.cuda.max_memory_allocated(self.device) - before
+        else:
+            tokens, used = _kept_for_backward(run)
+        self.per_token = max(self.per_token, used / max(tokens, 1))
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Parameters and buffers, each once."""
+    tensors = {t.untyped_storage().data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+
+def everything(device: torch.device) -> int:
+    """Bytes that the device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _kept_for_backward(run: Callable[[], int]) -> tuple[int, int]:
+    """(tokens, bytes that autograd keeps): on the CPU nothing counts allocations."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        tokens = run()
+    return tokens, sum(kept.values())

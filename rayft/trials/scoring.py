@@ -1,0 +1,46 @@
+"""Held-out loss of several trials through one base: `compose.evaluate`, once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from rayft.compose.evaluate import evaluate, metrics_of
+from rayft.core.batch import Batch
+from rayft.core.reduce import counts
+from rayft.trials.forward import PackedModel
+from rayft.trials.shelf import Row
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out batches of a pack; none of them without held-out data."""
+
+    batches: tuple[Batch, ...]
+    tasks: tuple[str, ...]
+
+    def base(self, model: PackedModel) -> dict[str, float]:
+        """Of the base model; {} without held-out data."""
+        if not self.batches:
+            return {}
+        return evaluate(model, model.objective, self.batches, self.tasks)
+
+    def score(self, model: PackedModel, rows: Sequence[Row]) -> list[dict[str, float]]:
+        """Of every trial of `rows`."""
+        objective, tasks = model.objective, len(self.tasks)
+        terms = len(objective.terms)
+        sums = torch.zeros(len(rows), terms, tasks, dtype=torch.float64)
+        totals = torch.zeros(terms, tasks, dtype=torch.float64)
+        with model.evaluating():
+            for batch in self.batches:
+                by_task = replace(batch, trial=batch.task)  # the reduction groups by trial
+                totals += counts(objective, [by_task], trials=tasks)
+                # never more at once than training, which keeps activations too
+                fit = max(1, model.most_tokens // batch.input_ids.numel())
+                for first in range(0, len(rows), fit):
+                    found = model.sums(rows[first : first + fit], batch)  # (terms, trials, B)
+                    part = sums[first : first + fit]
+                    part.index_add_(2, batch.task, found.transpose(0, 1))
+        return [metrics_of(one, totals, self.tasks) for one in sums]

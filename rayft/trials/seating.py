@@ -1,0 +1,94 @@
+"""Who sits where in a batch of several trials, and the dropout masks of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayft.trials.shelf import Shelf
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Dropout of one trial: masks of its own micro-batch's shape from its own generator."""
+
+    rate: float
+    generator: torch.Generator
+    rows: int
+    length: int  # T of its micro-batch alone
+
+
+@dataclass(eq=False)
+class Bunch:
+    """Neighbouring trials of one shelf that take part in a forward pass with equal rows."""
+
+    shelf: Shelf
+    low: int  # rows [low, high) of the shelf
+    high: int
+    first: int  # rows [first, last) of the batch
+    last: int
+    drops: tuple[Drop, ...] = ()  # one per trial, or none
+
+    @property
+    def scaling(self) -> Tensor:
+        """(n, 1, 1): s of every trial."""
+        return self.shelf.scaling[self.low : self.high]
+
+    def takes(self, other: Bunch) -> bool:
+        """`other`, one trial, comes next and has as many rows as each of these."""
+        rows = (self.last - self.first) // (self.high - self.low)
+        follows = other.shelf is self.shelf and other.low == self.high
+        return follows and other.last - other.first == rows
+
+    def joined(self, other: Bunch) -> Bunch:
+        """Both."""
+        drops = self.drops + other.drops
+        return Bunch(self.shelf, self.low, other.high, self.first, other.last, drops)
+
+
+@dataclass(eq=False)
+class Seating:
+    """Who sits where in a batch of `rows` rows of `length` tokens."""
+
+    rows: int
+    length: int
+    bunches: tuple[Bunch, ...]
+    masks: dict[tuple[int, int], Tensor] | None = None
+    """Dropout masks by (layer, bunch), kept where activations are recomputed."""
+
+
+@dataclass
+class Desk:
+    """What all layers of a pack look at: the seating of the batch on its way, None without
+    adapters; and the anchor that makes autograd visit layers whose input needs no gradient."""
+
+    anchor: Tensor
+    seating: Seating | None = None
+
+
+def _mask(drop: Drop, length: int, width: int, out: Tensor) -> None:
+    """Write one trial's mask into `out` (rows length, width): what nn.Dropout multiplies by."""
+    noise = torch.empty(drop.rows, drop.length, width, dtype=out.dtype, device=out.device)
+    noise.bernoulli_(1 - drop.rate, generator=drop.generator).div_(1 - drop.rate)
+    whole = out.view(drop.rows, length, width)
+    whole[:, : drop.length] = noise
+    whole[:, drop.length :] = 0
+
+
+def masks(seating: Seating, layer: int, number: int, like: Tensor) -> Tensor | None:
+    """Of the bunch with this number, (n, t, d_in) as `like`, in the dtype of the adapters; None
+    without dropout. Drawing them in the order of the layers is the caller's work."""
+    bunch = seating.bunches[number]
+    if not bunch.drops:
+        return None
+    key = (layer, number)
+    if seating.masks is not None and key in seating.masks:
+        return seating.masks[key]
+    mask = torch.empty(like.shape, dtype=bunch.shelf.params.dtype, device=like.device)
+    for drop, out in zip(bunch.drops, mask, strict=True):
+        _mask(drop, seating.length, like.shape[-1], out)
+    if seating.masks is not None:
+        seating.masks[key] = mask
+    return mask

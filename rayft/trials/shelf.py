@@ -1,0 +1,230 @@
+"""Where stacked adapters live: rows of one flat buffer, one row per trial.
+
+A shelf holds the adapters of trials that share a padded rank R (the next power of two, at least 4),
+so that one batched product serves them all and little of it is padding:
+
+    row = [ A of every layer (R, d_in) | B of every layer (d_out, R) | m of every layer (d_out,) ]
+
+The three parts are the parameter groups lora_A, lora_B and lora_magnitude; each is one contiguous
+range of the row, which is what clipping and AdamW work on. What rank r < R leaves over is zero,
+gets zero gradients, and so stays zero. Gradients have the same layout. A shelf is exactly as long
+as it has trials: admitting or dropping one copies its rows (some MB per trial).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+GROUPS = ("lora_A", "lora_B", "lora_magnitude")
+LEAST_RANK = 4
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One adapted linear layer."""
+
+    name: str  # of the module in the model
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Offsets within a row."""
+
+    layers: tuple[LayerSize, ...]
+    rank: int  # padded
+    dora: bool
+
+    @cached_property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """[start, stop) of every group."""
+        a = self.rank * sum(layer.d_in for layer in self.layers)
+        b = self.rank * sum(layer.d_out for layer in self.layers)
+        m = sum(layer.d_out for layer in self.layers) if self.dora else 0
+        found = {"lora_A": (0, a), "lora_B": (a, a + b), "lora_magnitude": (a + b, a + b + m)}
+        return {name: part for name, part in found.items() if part[0] < part[1]}
+
+    @cached_property
+    def size(self) -> int:
+        """Elements of a row."""
+        return max(stop for _, stop in self.ranges.values())
+
+    @cached_property
+    def offsets(self) -> tuple[dict[str, int], ...]:
+        """By layer: where each of its tensors starts."""
+        at = {name: start for name, (start, _) in self.ranges.items()}
+        found = []
+        for layer in self.layers:
+            found.append(dict(at))
+            at["lora_A"] += self.rank * layer.d_in
+            at["lora_B"] += self.rank * layer.d_out
+            if self.dora:
+                at["lora_magnitude"] += layer.d_out
+        return tuple(found)
+
+    def view(self, rows: Tensor, layer: int, group: str) -> Tensor:
+        """(n, size) -> the layer's A (n, R, d_in), B (n, d_out, R) or m (n, d_out)."""
+        size, start = self.layers[layer], self.offsets[layer][group]
+        shape = {
+            "lora_A": (self.rank, size.d_in),
+            "lora_B": (size.d_out, self.rank),
+            "lora_magnitude": (size.d_out,),
+        }[group]
+        flat = rows[:, start : start + torch.Size(shape).numel()]
+        return flat.view(len(rows), *shape)
+
+
+def padded(rank: int) -> int:
+    """The next power of two, at least LEAST_RANK."""
+    return max(LEAST_RANK, 1 << (rank - 1).bit_length())
+
+
+@dataclass(eq=False)
+class Row:
+    """One trial's adapters: Parameters that are ranges of a shelf's row, by group."""
+
+    rank: int  # its own
+    scaling: float  # s
+    dropout: float
+    layout: Layout
+    rows: int  # of its micro-batches, as a rule
+    params: dict[str, nn.Parameter] = field(default_factory=dict)
+    norms: tuple[Tensor, ...] = ()  # DoRA: ||W||^2 by row of W, by layer
+
+    @property
+    def key(self) -> tuple:
+        """Rows with equal keys share a shelf."""
+        return self.layout.rank, self.layout.dora, self.dropout > 0, self.rows
+
+    def flat(self) -> Tensor:
+        """(size,) of the parameters, a copy."""
+        return torch.cat([self.params[name].detach() for name in self.layout.ranges])
+
+    def parts(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """By layer: {group: tensor of the unpadded shape} of something that has the layout of
+        `params` (flat, by group), such as moments."""
+        found = []
+        starts = {name: start for name, (start, _) in self.layout.ranges.items()}
+        for size, at in zip(self.layout.layers, self.layout.offsets, strict=True):
+            one = {}
+            for name, tensor in tensors.items():
+                first, rank = at[name] - starts[name], self.layout.rank
+                if name == "lora_A":
+                    one[name] = tensor[first : first + self.rank * size.d_in].view(-1, size.d_in)
+                elif name == "lora_B":
+                    whole = tensor[first : first + rank * size.d_out].view(size.d_out, rank)
+                    one[name] = whole[:, : self.rank]
+                else:
+                    one[name] = tensor[first : first + size.d_out]
+            found.append(one)
+        return found
+
+
+class Shelf:
+    """Rows of one key, stacked."""
+
+    def __init__(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+        self.layout = layout
+        self.members: list[Row] = []
+        self.params = torch.zeros(0, layout.size, device=device, dtype=dtype)
+        self.grads = torch.zeros_like(self.params)
+        self.scaling = self.params.new_zeros(0, 1, 1)
+        self.norms: list[Tensor] = []  # DoRA: (n, d_out) ||W||^2 by layer
+        self._views: dict[tuple, Tensor] = {}
+        self._derived: dict[Any, Tensor] = {}  # from the parameters as they are now
+
+    def add(self, row: Row, flat: Tensor) -> None:
+        """Take `row` in, with these (size,) parameters."""
+        self._rebuild([*self.members, row], [*self.params, flat])
+
+    def drop(self, row: Row) -> None:
+        """Let `row` go; its Parameters keep a copy of their values and no gradients."""
+        index = self.members.index(row)
+        flat = self.params[index].clone()
+        self._bind(row, flat, None)
+        kept = [i for i in range(len(self.members)) if i != index]
+        self._rebuild([self.members[i] for i in kept], [self.params[i] for i in kept])
+
+    def _rebuild(self, members: list[Row], rows: list[Tensor]) -> None:
+        like = self.params
+        self._views, self._derived = {}, {}
+        self.grads = like.new_zeros(0)  # before the new ones are made: nothing is in them now
+        self.params = torch.stack(rows) if rows else like.new_zeros(0, self.layout.size)
+        self.grads = torch.zeros_like(self.params)
+        self.members = members
+        self.scaling = like.new_tensor([row.scaling for row in members])[:, None, None]
+        layers = range(len(self.layout.layers)) if self.layout.dora and members else ()
+        self.norms = [torch.stack([row.norms[layer] for row in members]) for layer in layers]
+        for index, row in enumerate(members):
+            self._bind(row, self.params[index], self.grads[index])
+
+    def _bind(self, row: Row, flat: Tensor, grads: Tensor | None) -> None:
+        for name, (start, stop) in self.layout.ranges.items():
+            if name not in row.params:
+                row.params[name] = nn.Parameter(flat[start:stop])
+            row.params[name].grad = None
+            row.params[name].data = flat[start:stop]
+            row.params[name].grad = None if grads is None else grads[start:stop]
+
+    def updated(self) -> None:
+        """The parameters have changed in place."""
+        self._derived = {}
+
+    def derived(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, once per update of the parameters."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+    def view(self, what: str, layer: int, group: str, low: int, high: int) -> Tensor:
+        """Of rows [low, high): `what` is "params" or "grads"; see Layout.view."""
+        key = (what, layer, group, low, high)
+        if key not in self._views:
+            rows = self.params if what == "params" else self.grads
+            self._views[key] = self.layout.view(rows[low:high], layer, group)
+        return self._views[key]
+
+    def operand(self, layer: int, group: str, low: int, high: int, dtype: torch.dtype) -> Tensor:
+        """The parameters as a factor of products in `dtype`: cast once per update."""
+        if dtype == self.params.dtype:
+            return self.view("params", layer, group, low, high)
+        whole = self.derived(dtype, lambda: self.params.to(dtype))
+        return self.layout.view(whole[low:high], layer, group)
+
+
+class Shelves:
+    """All shelves of a pack; a batch follows their order."""
+
+    def __init__(
+        self, layers: tuple[LayerSize, ...], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.layers, self.device, self.dtype = layers, device, dtype
+        self.all: dict[tuple, Shelf] = {}
+
+    def add(self, row: Row, flat: Tensor) -> None:
+        """Take `row` in, with these (size,) parameters."""
+        if row.key not in self.all:
+            self.all[row.key] = Shelf(row.layout, self.device, self.dtype)
+        self.all[row.key].add(row, flat)
+
+    def drop(self, row: Row) -> None:
+        """Let `row` go."""
+        shelf = self.all[row.key]
+        shelf.drop(row)
+        if not shelf.members:
+            del self.all[row.key]
+
+    def places(self) -> dict[Row, tuple[Shelf, int]]:
+        """Where every row stands, in order."""
+        return {
+            row: (shelf, index)
+            for shelf in self.all.values()
+            for index, row in enumerate(shelf.members)
+        }

@@ -1,0 +1,260 @@
+"""One trial of a pack: what `compose` gives a run that has the process to itself, around a row of a
+shelf."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayft.compose.commit import names, remove
+from rayft.compose.job import Job
+from rayft.compose.loop import Schedule
+from rayft.compose.session import Session
+from rayft.compose.step import PREFIX
+from rayft.config.run import OptimSpec, Run
+from rayft.core.protocols import Group
+from rayft.core.record import Best, RunRecord, Status
+from rayft.core.shards import PARAM, Shard, ShardReader, Slice
+from rayft.core.storage import Storage
+from rayft.strategies.optim import MOMENTS, adam_state, read_lrs, set_lrs
+from rayft.strategies.slices import STEP, check_shapes
+from rayft.trials.initial import Start
+from rayft.trials.saving import Held, Lane
+from rayft.trials.shelf import Row
+
+log = logging.getLogger(__name__)
+
+Optimizer = Callable[[list[Group], OptimSpec], torch.optim.Optimizer]
+RECORD = "run.json"
+
+
+class Quiet:
+    """compose.job.Signals of a trial: nobody asks it to stop, warnings are logged."""
+
+    def stop_requested(self) -> bool:
+        """Never: a trial leaves its pack instead."""
+        return False
+
+    def progress(self, event: dict[str, Any]) -> None:
+        """Only warnings matter here; the pack tells the rest."""
+        if event["kind"] == "warn":
+            log.warning("step %s: %s", event.get("step", "?"), event["text"])
+
+
+class SlotGenerators:
+    """Dropout of one trial, seeded as a run of its own seeds the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cpu = torch.Generator()
+        self.used = self.cpu if device.type == "cpu" else torch.Generator(device)
+
+    def state(self) -> dict[str, Tensor]:
+        """See compose.session.Generators."""
+        state = {"rng.cpu": self.cpu.get_state()}
+        return state if self.used is self.cpu else state | {"rng.cuda": self.used.get_state()}
+
+    def restore(self, state: dict[str, Tensor], seed: int) -> None:
+        """See compose.session.Generators."""
+        for generator, name in ((self.cpu, "rng.cpu"), (self.used, "rng.cuda")):
+            if name in state:
+                generator.set_state(state[name])
+            elif "rng.cpu" not in state or generator is not self.cpu:
+                generator.manual_seed(seed)
+
+
+class SlotEngine:
+    """What Session needs of core.protocols.Engine: state in and out, rates. The steps are the
+    pack's."""
+
+    rank, world = 0, 1
+
+    def __init__(
+        self, row: Row, start: Start, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        self.row, self.optimizer, self.device = row, optimizer, device
+        self._names, self._layers = start.names, start.layers
+
+    def lrs(self) -> dict[str, float]:
+        """Learning rates by group name."""
+        return read_lrs(self.optimizer)
+
+    def shard(self) -> Shard:
+        """Names, shapes and kinds of a run of its own; copies in host memory."""
+        by_kind = {
+            kind: self._parts({g: t.detach().to("cpu", copy=True) for g, t in groups.items()})
+            for kind, groups in self._flat().items()
+        }
+        slices = {
+            name: Slice(
+                tuple(param.shape), 0, {kind: by_kind[kind][name].reshape(-1) for kind in by_kind}
+            )
+            for name, param in by_kind[PARAM].items()
+        }
+        first = next(iter(self.row.params.values()))
+        return Shard(slices, scalars={STEP: float(adam_state(self.optimizer, first)["step"])})
+
+    @torch.no_grad()
+    def load(self, reader: ShardReader) -> None:
+        """Parameters and moments from any shards.
+
+        Raises:
+            StorageError: they are of another rank or other targets.
+        """
+        flat = self._flat()
+        shapes = {name: tuple(t.shape) for name, t in self._parts(flat[PARAM]).items()}
+        check_shapes(reader, shapes)
+        for kind, groups in flat.items():
+            for name, tensor in self._parts(groups).items():
+                tensor.copy_(reader.read(name, kind, 0, tensor.numel()).view(tensor.shape))
+        for param in self.row.params.values():
+            adam_state(self.optimizer, param)["step"].fill_(reader.scalars[STEP])
+
+    def _flat(self) -> dict[str, dict[str, Tensor]]:
+        """{kind: {group: flat padded tensor}}."""
+        params = self.row.params
+        found = {PARAM: {group: param.detach() for group, param in params.items()}}
+        for kind in MOMENTS:
+            found[kind] = {g: adam_state(self.optimizer, p)[kind] for g, p in params.items()}
+        return found
+
+    def _parts(self, groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{name in the step module: unpadded view}."""
+        return {
+            PREFIX + names[group]: tensor
+            for names, one in zip(self._names, self.row.parts(groups), strict=True)
+            for group, tensor in one.items()
+        }
+
+
+@dataclass(eq=False)
+class Slot:
+    """One trial that is in."""
+
+    trial: str
+    run: Run
+    row: Row
+    session: Session
+    optimizer: torch.optim.Optimizer
+    generators: SlotGenerators
+    lane: Lane
+    record: RunRecord
+    charged: float = 0.0  # engine seconds
+    loss: float = math.nan  # of the last step
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.session.progress.step
+
+    @property
+    def schedule(self) -> Schedule:
+        """When it evaluates and saves."""
+        train = self.run.train
+        return Schedule(self.session.parts.steps, train.eval_every, train.save_every)
+
+    def update(self, grads: Tensor, loss: float, norm: float) -> None:
+        """Clip `grads` (size,), this trial's row, and do one optimizer step; nothing where loss or
+        norm is not finite."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return
+        clip = self.run.optim.clip
+        if clip is not None and clip / (norm + 1e-6) < 1.0:
+            grads.mul_(clip / (norm + 1e-6))
+        set_lrs(self.optimizer, self.session.parts.lrs(self.step + 1))
+        self.optimizer.step()
+
+    def hold(self, best: bool) -> Held:
+        """Its present state in host memory."""
+        shard, extra = self.session.state(self.step)
+        return Held(self.step, shard, extra | {"charged": self.charged}, best)
+
+    def write_record(self, status: Status, error: str = "") -> None:
+        """run.json."""
+        session, progress = self.session, self.session.progress
+        parts = session.parts
+        self.record = replace(
+            self.record,
+            status=status,
+            error=error,
+            steps=progress.step,
+            steps_total=parts.steps,
+            tokens=progress.tokens,
+            params_total=parts.params_total,
+            params_trainable=parts.params_trainable,
+            eval=progress.eval,
+            base=progress.base,
+            best=None if progress.best is None else Best(**progress.best),
+            seconds=round(session.seconds(), 3),
+        )
+        session.storage.write_text(RECORD, self.record.to_json())
+
+    def metrics(self, memory: float) -> dict[str, float]:
+        """See trials.types.Told."""
+        progress = self.session.progress
+        base = {"base_loss": progress.base["eval_loss"]} if progress.base else {}
+        return {
+            **progress.eval,
+            **base,
+            "loss": self.loss,
+            "tokens": float(progress.tokens),
+            "seconds": self.charged,
+            "params_trainable": float(self.session.parts.params_trainable),
+            "memory": memory,
+        }
+
+    def last(self) -> Held | None:
+        """What is still to be held when it leaves: its present state, if none was ever the
+        best."""
+        return self.hold(False) if self.session.progress.best is None else None
+
+    def end(self, status: Status, held: Held | None, *, keep: bool, error: str = "") -> None:
+        """Leave its files as a run that ended so, durable on return. `keep`: with commits of the
+        best state that waits and of `held`, else without checkpoints.
+
+        Raises:
+            StorageError: they could not be written.
+        """
+        try:
+            if keep:
+                self.lane.write(held)
+                self.lane.settle()
+            else:
+                self.lane.close()
+                forget(self.session.storage)
+            self.write_record(status, error)
+        finally:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Write no more."""
+        self.lane.close()
+        self.session.abandon()
+
+
+def forget(storage: Storage) -> None:
+    """Delete every checkpoint of a run."""
+    for name in names(storage):
+        remove(storage, name)
+
+
+def record_of(storage: Storage, run: Run, job: Job, facts: Mapping[str, Any]) -> RunRecord:
+    """run.json as it stands, or the first one; the attempt counted."""
+    fresh = RunRecord(run.name, "running", run.resolved(), job.digest, seed=run.seed)
+    if storage.exists(RECORD):
+        fresh = RunRecord.from_json(storage.read_text(RECORD))
+    return replace(
+        fresh,
+        config=run.resolved(),
+        config_hash=job.digest,
+        data_hash=job.data_hash,
+        attempts=fresh.attempts + 1,
+        versions=facts.get("versions", fresh.versions),
+        hardware=facts.get("hardware", fresh.hardware),
+        data=facts.get("data", fresh.data),
+    )

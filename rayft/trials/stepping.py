@@ -1,0 +1,97 @@
+"""One optimizer step of several trials: gradients together, clipping and AdamW each alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayft.core.batch import Batch
+from rayft.core.reduce import counts
+from rayft.trials.forward import Guest, PackedModel
+from rayft.trials.room import Room
+from rayft.trials.shelf import Row
+from rayft.trials.slots import Slot
+
+ALONE = 3  # timed steps of a trial by itself
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One optimizer step of one trial."""
+
+    loss: float  # nats per counted unit, before the update
+    norm: float  # of the gradient, before clipping
+    tokens: int  # trained targets
+    seen: int  # all real tokens
+
+
+def optimize(model: PackedModel, slots: Sequence[Slot]) -> dict[Slot, Stepped]:
+    """The next step of every trial. Where loss or norm is not finite nothing is applied, and the
+    caller has to look."""
+    windows = {slot: slot.session.parts.stream.window(slot.step + 1, 0, 1) for slot in slots}
+    losses = gradients(model, windows)
+    places = model.shelves.places()
+    norms = {
+        shelf: torch.linalg.vector_norm(shelf.grads, dim=1).double()
+        for shelf in model.shelves.all.values()
+    }
+    values = []
+    for slot in slots:
+        shelf, place = places[slot.row]
+        values += [losses[slot.row], norms[shelf][place]]
+    numbers = torch.stack(values).tolist()  # the one time a step waits for the device
+    found = {}
+    for index, (slot, window) in enumerate(windows.items()):
+        loss, norm = numbers[2 * index : 2 * index + 2]
+        shelf, place = places[slot.row]
+        slot.update(shelf.grads[place], loss, norm)
+        tokens = int(sum(float(batch.tokens().sum()) for batch in window))
+        seen = sum(int(batch.lengths.sum()) for batch in window)
+        found[slot] = Stepped(loss, norm, tokens, seen)
+    for shelf in model.shelves.all.values():
+        shelf.updated()
+    return found
+
+
+def gradients(model: PackedModel, windows: Mapping[Slot, list[Batch]]) -> dict[Row, Tensor]:
+    """Fill the shelves with the gradients of whole windows; each trial's loss, on the device."""
+    for shelf in model.shelves.all.values():
+        shelf.grads.zero_()
+    totals = {slot.row: counts(model.objective, w)[:, 0] for slot, w in windows.items()}
+    losses = {row: torch.zeros((), dtype=torch.float64, device=model.device) for row in totals}
+    for number in range(max(len(window) for window in windows.values())):
+        guests = [
+            Guest(slot.row, window[number], slot.generators.used)
+            for slot, window in windows.items()
+            if number < len(window)
+        ]
+        for row, loss in model.train(guests, totals).items():
+            losses[row] += loss
+    return losses
+
+
+def alone(model: PackedModel, slot: Slot, room: Room) -> float:
+    """Seconds of forward and backward passes of a trial's next step by itself, and `room` told what
+    it takes; nothing of it stays."""
+    window = {slot: slot.session.parts.stream.window(slot.step + 1, 0, 1)}
+    state, times = slot.generators.state(), []
+
+    def once() -> int:
+        began = time.perf_counter()
+        gradients(model, window)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        times.append(time.perf_counter() - began)
+        slot.generators.restore(state, 0)
+        return model.most_tokens
+
+    room.measure(once)
+    times.clear()  # that one was watched
+    for _ in range(ALONE):
+        once()
+    return statistics.median(times)
