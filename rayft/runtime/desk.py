@@ -213,9 +213,7 @@ class Desk:
         host = OwnHost.options(name=f"{name}-{secrets.token_hex(2)}").remote(self._floor.cwd)
         self._where[trial] = host
         prepared = await self._prepared(run)
-        await host.begin.remote(
-            run.resolved(), prepared, source, self._floor.facts, self._base.sweep.divergence
-        )
+        await host.begin.remote(run.resolved(), prepared, source, self._base.sweep.divergence)
         return host
 
     # ---- both

@@ -171,13 +171,13 @@ class _Tell(_Here, tune.Callback):
         self._watcher.broke(str(trial), dict(trial.config), why)
 
 
-class Population(SearchAlgorithm):
-    """Draws the first population. Tune's population-based training takes no searcher, because one
-    that learns would be misled by settings that change later; those of rayft that may stand here
-    (random, grid: config/sweep_rules.py) do not learn."""
+class _Drawn(_Here, SearchAlgorithm):
+    """The searcher, as Tune's schedulers all take it. Population-based training refuses Tune's own
+    wrapper, because a searcher that learns would be misled by settings that change later; those
+    that rayft lets stand there (random, grid: config/sweep_rules.py) do not learn."""
 
-    def __init__(self, searcher: Searcher, most: int) -> None:
-        self._drawn = SearchGenerator(ConcurrencyLimiter(searcher, max_concurrent=most))
+    def __init__(self, drawn: SearchGenerator) -> None:
+        self._drawn = drawn
 
     @property
     def total_samples(self) -> int:
@@ -191,6 +191,10 @@ class Population(SearchAlgorithm):
     def next_trial(self) -> Any:
         """See ray.tune.search.SearchAlgorithm."""
         return self._drawn.next_trial()
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """See ray.tune.search.SearchAlgorithm."""
+        self._drawn.on_trial_result(trial_id, result)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -234,17 +238,16 @@ class Phase(threading.Thread):
         here = f"node:{ray.util.get_node_ip_address()}"
         place = tune.PlacementGroupFactory([{"CPU": 0, here: 0.001}])
         sweep = run.sweep
-        population = isinstance(how, PopulationBasedTraining)
+        limited = ConcurrencyLimiter(searcher, max_concurrent=most)
         trainable = tune.with_resources(
             tune.with_parameters(SweepTrial, desk=desk, metric=sweep.metric, mode=sweep.mode), place
         )
         self._tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=Population(searcher, most) if population else searcher,
+                search_alg=_Drawn(SearchGenerator(limited)),
                 scheduler=how,
                 num_samples=count,
-                max_concurrent_trials=None if population else most,
                 reuse_actors=True,
                 trial_name_creator=_Names(name_of),
                 trial_dirname_creator=_Names(name_of),

@@ -257,9 +257,10 @@ def test_pack_off_gives_the_same_results(tmp_path):
     space = {"methods.0.rank": {"grid": [2, 4]}}
     block = {"space": space, "search": "grid", "scheduler": "none", "trials": None}
     short = BASE["train"] | {"steps": 8}
-    for name, pack in (("on", "auto"), ("off", "off")):
+    alone = {"pack": "off", "slots": None, "packs": None}
+    for name, pack in (("on", {}), ("off", alone)):
         (tmp_path / name).mkdir()
-        sweep(load(config(tmp_path / name, block | {"pack": pack}, train=short)))
+        sweep(load(config(tmp_path / name, block | pack, train=short)))
     on, off = told(tmp_path / "on"), told(tmp_path / "off")
     assert on.keys() == off.keys() and len(on) == 2
     for name, steps in on.items():
