@@ -63,7 +63,7 @@ def told(folder: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster(quiet):
-    with connected():
+    with connected(dashboard=True):  # without one, runs of their own are refused
         yield
 
 
