@@ -251,6 +251,27 @@ class Desk:
             place.trials.discard(trial)
             place.full = False
         await self._notify()
+        await self._spread()
+
+    async def _spread(self) -> None:
+        """When nobody waits and a pack has nothing to do, it gets a trial of the fullest one: at
+        the end of a sweep the last trials must not share one core while the others idle."""
+        idle = [pack for pack in self._packs if not pack.trials and pack.key is not None]
+        full = max(self._packs, key=lambda pack: len(pack.trials), default=None)
+        if self._stopping or self._queue or not idle or full is None or len(full.trials) < 2:
+            return
+        if full.moving or idle[0].key != full.key:
+            return
+        full.moving = True
+        try:
+            trial = max(full.trials)  # the youngest
+            if await full.host.move.remote(trial):
+                full.trials.discard(trial)
+                self._where.pop(trial, None)
+        except ray.exceptions.RayError:
+            return  # it died; its trials find out by themselves
+        finally:
+            full.moving = False
 
     async def _notify(self) -> None:
         async with self._changed:

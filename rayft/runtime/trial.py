@@ -65,7 +65,9 @@ class SweepTrial(Trainable):
                     asked = self._desk.enter.remote(self.trial_name, self._params, self._source)
                     self._host, self._source = ray.get(asked), None
                 told: Told = ray.get(self._host.next.remote(self.trial_name))
-                return self._result(told)
+                if told.standing != "moved":
+                    return self._result(told)
+                self._host = None
             except ray.exceptions.RayTaskError as error:  # refused; another try changes nothing
                 return self._result(Told(self.trial_name, 0, {}, "failed", said(error)))
             except ray.exceptions.RayActorError:
