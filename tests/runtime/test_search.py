@@ -13,12 +13,12 @@ import ray
 from ray import tune
 
 from rayft.config.load import load
-from rayft.config.space import applied, params_of
+from rayft.config.space import applied, combination, params_of
 from rayft.config.sweep import Domain
 from rayft.core.errors import ConfigError
 from rayft.core.ledger import Book, fold
 from rayft.runtime.cluster import connected
-from rayft.runtime.draws import combination, picks_of
+from rayft.runtime.draws import picks_of
 from rayft.runtime.search import Fixed, Search
 
 RANGE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
