@@ -58,10 +58,12 @@ class Desk:
         Raises:
             RayftError: it can never run; `ConfigError` for params that make no valid config.
         """
-        await self._free(trial, keep=False, told=True)
+        # Tune also pauses a trial and gives it its own pointer: then its own commits are the state.
+        other = source is not None and source["trial"] != trial
+        await self._free(trial, keep=not other, told=True)
         home = Storage.open(self._floor.home).child("trials").uri
         run = applied(self._base, params, name=trial, storage=home)
-        folder = source["folder"] if source else None
+        folder = source["folder"] if source and other else None
         if self._base.sweep.pack == "off" or why_alone(run):
             return await self._alone(trial, run, folder)
         return await self._packed(trial, run, folder)
@@ -211,9 +213,7 @@ class Desk:
         host = OwnHost.options(name=f"{name}-{secrets.token_hex(2)}").remote(self._floor.cwd)
         self._where[trial] = host
         prepared = await self._prepared(run)
-        await host.begin.remote(
-            run.resolved(), prepared, source, self._floor.facts, self._base.sweep.divergence
-        )
+        await host.begin.remote(run.resolved(), prepared, source, self._base.sweep.divergence)
         return host
 
     # ---- both

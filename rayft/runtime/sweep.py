@@ -22,7 +22,6 @@ from rayft.core.errors import (
 from rayft.core.lease import Lease
 from rayft.core.record import SweepRecord
 from rayft.core.storage import Storage
-from rayft.report import write_report
 from rayft.runtime.best import copy_winner, refit, write_config
 from rayft.runtime.desk import Desk
 from rayft.runtime.floor import Floor
@@ -283,6 +282,8 @@ class _Sweep:
             self.view.note(f"warning: sweep.json still says running: {lost.what}")
 
     def _report(self) -> None:
+        from rayft.report import write_report  # plotly: once, at the end
+
         self.book.close()
         write_report(self.book.home)
         self.view.note(f"report: {self.book.home.shown()}/report.html")

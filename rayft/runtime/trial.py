@@ -88,7 +88,8 @@ class SweepTrial(Trainable):
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Population-based training: go on from another trial's state, with this config."""
         if checkpoint and checkpoint["folder"]:
-            self._source, self._donor = checkpoint, checkpoint["trial"]
+            self._source = checkpoint
+            self._donor = checkpoint["trial"] if checkpoint["trial"] != self.trial_name else ""
             self._host = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
