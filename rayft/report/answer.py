@@ -88,9 +88,11 @@ def _details(facts: Facts, scale: Scale) -> list[str]:
         said.append(f"Perplexity {before:,.4g} → {tuned:,.4g}.")
     if facts.median is not None and len(facts.ranked()) > 1:
         gap = facts.sign * (facts.median - best.value)
+        early = (
+            ", counting trials stopped early as they were then" if facts.count("stopped") else ""
+        )
         said.append(
-            f"The median trial reached {scale.text(facts.median)}: choosing well was worth "
-            f"{scale.text(gap)} over choosing at random."
+            f"The median trial is {scale.text(gap)} worse, at {scale.text(facts.median)}{early}."
         )
     elif facts.median is None:
         said.append("More than half of the trials diverged.")
@@ -139,7 +141,9 @@ def winner(facts: Facts) -> str:
             else value_of(facts.record.config, axis.name)
         )
         edge = axis.edge(params)
-        hint = f'<br><span class="note">at the {edge} end: search further</span>' if edge else ""
+        hint = (
+            f'<br><span class="note">at the {edge} end of what was searched</span>' if edge else ""
+        )
         rows.append(
             f'<tr><th scope="row"><code>{escape(axis.name)}</code></th>'
             f'<td class="n"><b>{escape(written(axis.pick(params)))}</b></td>'

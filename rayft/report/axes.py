@@ -64,10 +64,10 @@ class Axis:
         return (place - low) / (high - low)
 
     def said(self) -> str:
-        """What was searched: `8, 16, 32` or `1e-05 to 0.001, logarithmic`."""
+        """What was searched: `8, 16, 32` or `1e-5 to 0.001, log`."""
         if self.levels:
             return ", ".join(self.levels)
-        scale = ", logarithmic" if self.log else ""
+        scale = ", log" if self.log else ""
         return f"{written(self.low)} to {written(self.high)}{scale}"
 
     def edge(self, params: Mapping[str, Any]) -> str:

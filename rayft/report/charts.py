@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rayft.report.axes import Axis, written
@@ -36,12 +36,16 @@ class Chart:
     told: str  # for those who do not see it
     height: int = 300
     title: str = ""
-    classes: tuple[str, ...] = field(default=())
 
 
 def words(text: Any) -> str:
-    """Text of a user for Plotly."""
-    return html.escape(str(text), quote=False)
+    """Text of a user for Plotly; one that starts with @ would be a colour's name."""
+    return html.escape(str(text), quote=False).replace("@", "&#64;")
+
+
+def pointed(row: Row) -> str:
+    """What page.js puts the trial's `hover` for: the text is on the page once."""
+    return f"@@{row.trial.id}"
 
 
 def hover(row: Row, facts: Facts, scale: Scale) -> str:
@@ -51,6 +55,7 @@ def hover(row: Row, facts: Facts, scale: Scale) -> str:
     for axis in facts.axes:
         picked = axis.pick(row.trial.params)
         lines.append(f"{words(axis.label)} {words(_short(written(picked), 40))}")
+    lines += [amount(name, row.told[name]) for name in COSTS if name in row.told][:2]
     return "<br>".join([*lines, f"{row.trial.status} at step {row.trial.step:,}"])
 
 
@@ -99,7 +104,8 @@ def strip(facts: Facts, scale: Scale) -> Chart:
     heights = _spread_out([row.value or 0.0 for row in rows])
     lines = [("base model", facts.base, "dash"), ("median trial", facts.median, "dot")]
     top = max(heights, default=0) + 1.5
-    data = [_points(rows, [r.value for r in rows], heights, facts, scale, size=9)]
+    reach = _reach([*(row.value for row in rows), facts.base], 0.05)
+    data = [_points(rows, [r.value for r in rows], heights, facts, size=9)]
     notes = []
     for place, (name, at, dash) in enumerate(lines):
         if at is None:
@@ -109,15 +115,15 @@ def strip(facts: Facts, scale: Scale) -> Chart:
             "type": "scatter", "x": [at, at], "y": [-1, tall], "mode": "lines",
             "line": {"color": "@ink", "width": 1, "dash": dash}, "hoverinfo": "skip",
         })  # fmt: skip
-        notes.append(_note(at, tall, f"{name} {scale.text(at)}", at, facts))
+        notes.append(_note(at, tall, f"{name} {scale.text(at)}", reach))
     if facts.best is not None and facts.best.value is not None:
         at = facts.best.value
         name = f"<b>{words(facts.best.trial.id)} {scale.text(at)}</b>"
-        notes.append(_note(at, -1.1, name, at, facts, yanchor="top"))
+        notes.append(_note(at, -1.1, name, reach, yanchor="top"))
     made = layout(
         x=f"{words(facts.record.metric)} ({_better(facts)})",
         yaxis={"visible": False, "range": [-3, top + 4.5]}, annotations=notes,
-        xaxis={"range": _reach([r.value for r in rows] + [facts.base], facts, 0.1)},
+        xaxis={"range": reach},
     )  # fmt: skip
     told = f"{len(rows)} trials by {facts.record.metric}."
     return Chart("strip", {"data": data, "layout": made}, told, 190)
@@ -144,7 +150,8 @@ def important(facts: Facts, found: Importance) -> Chart:
     }  # fmt: skip
     made = layout(
         xaxis={"range": [0, max(*shares, found.chance) * 1.18], "visible": False},
-        yaxis={"tickfont": {"color": "@ink"}}, shapes=[line], annotations=[note],
+        yaxis={"tickfont": {"color": "@ink"}, "showgrid": False, "ticksuffix": "  "},
+        shapes=[line], annotations=[note],
         margin={"t": 22},
     )  # fmt: skip
     told = ", ".join(f"{labels[name]} {share:.0%}" for name, share in found.shares.items())
@@ -152,7 +159,7 @@ def important(facts: Facts, found: Importance) -> Chart:
     return Chart("importance", figure, f"Importance: {told}.", 50 + 34 * len(names))
 
 
-def slices(facts: Facts, scale: Scale) -> list[Chart]:
+def slices(facts: Facts) -> list[Chart]:
     """The result over each parameter by itself."""
     charts = []
     rows = facts.ranked()
@@ -161,14 +168,14 @@ def slices(facts: Facts, scale: Scale) -> list[Chart]:
         xs = [axis.at(row.trial.params) for row in here]
         if axis.levels:
             xs = [x + 0.5 * _wobble(row) for x, row in zip(xs, here, strict=True) if x is not None]
-        data = [_points(here, xs, [r.value for r in here], facts, scale)]
-        made = layout(xaxis=ticks(axis), yaxis=_metric_axis(facts, here, scale))
+        data = [_points(here, xs, [r.value for r in here], facts)]
+        made = layout(xaxis=ticks(axis), yaxis=_metric_axis(facts, here))
         told = f"{facts.record.metric} of every trial over {axis.label}."
         charts.append(Chart(f"slice-{index}", {"data": data, "layout": made}, told, 240, axis.name))
     return charts
 
 
-def costs(facts: Facts, scale: Scale) -> list[Chart]:
+def costs(facts: Facts) -> list[Chart]:
     """The result over each kind of cost, with the Pareto front."""
     charts = []
     for name, label in COSTS.items():
@@ -183,15 +190,11 @@ def costs(facts: Facts, scale: Scale) -> list[Chart]:
             "line": {"color": "@ink", "width": 1.5, "shape": "hv"},
             "x": [r.told[name] for r in edge], "y": [r.value for r in edge],
         }  # fmt: skip
-        points = _points(rows, ends, [r.value for r in rows], facts, scale, strong=edge)
-        points["hovertext"] = [
-            f"{text}<br>{amount(name, row.told[name])}"
-            for text, row in zip(points["hovertext"], rows, strict=True)
-        ]
+        points = _points(rows, ends, [r.value for r in rows], facts, strong=edge)
         axis = _cost_axis(name, min(ends), max(ends), log)
         figure = {
             "data": [line, points],
-            "layout": layout(xaxis=axis, yaxis=_metric_axis(facts, rows, scale)),
+            "layout": layout(xaxis=axis, yaxis=_metric_axis(facts, rows)),
         }
         best = ", ".join(f"{r.trial.id} ({amount(name, r.told[name])})" for r in edge[:8])
         told = f"{facts.record.metric} over {label}. Pareto front: {best}."
@@ -200,7 +203,7 @@ def costs(facts: Facts, scale: Scale) -> list[Chart]:
 
 
 def _points(
-    rows: Sequence[Row], xs: Iterable[Any], ys: Iterable[Any], facts: Facts, scale: Scale,
+    rows: Sequence[Row], xs: Iterable[Any], ys: Iterable[Any], facts: Facts,
     size: int = 8, strong: Sequence[Row] | None = None,
 ) -> Figure:  # fmt: skip
     """Trials as markers: the best a star, those in `strong` filled, the rest lighter."""
@@ -213,7 +216,7 @@ def _points(
 
     return {
         "type": "scatter", "mode": "markers", "x": list(xs), "y": list(ys),
-        "hovertext": [hover(row, facts, scale) for row in rows], "hoverinfo": "text",
+        "hovertext": [pointed(row) for row in rows], "hoverinfo": "text",
         "cliponaxis": False,
         "marker": {
             "symbol": ["star" if r.trial.id == best else SYMBOLS.get(r.trial.status,
@@ -228,7 +231,7 @@ def _points(
     }  # fmt: skip
 
 
-def _metric_axis(facts: Facts, rows: Sequence[Row], scale: Scale) -> dict[str, Any]:
+def _metric_axis(facts: Facts, rows: Sequence[Row]) -> dict[str, Any]:
     """Where the results are; far outliers are cut off rather than squeezing the rest."""
     values = sorted(facts.sign * (row.value or 0.0) for row in rows)
     if not values:
@@ -265,15 +268,15 @@ def _even(low: float, high: float, base: int) -> list[float]:
 
 def _steps(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 3) if high / low < 1000 else (1,)
+    factors = (1, 3) if high / low < 300 else (1,)
     return [factor * 10.0**decade for decade in decades for factor in factors]
 
 
 def _log_ticks(low: float, high: float) -> dict[str, Any]:
     at = [t for t in _steps(low, high) if low * 0.99 <= t <= high * 1.01]
-    if len(at) < 2:
-        at = [low, high]
-    return {"tickvals": at, "ticktext": [written(float(t)) for t in at]}
+    at = at if len(at) > 1 else [low, high]
+    texts = [f"{t:.0e}".replace("e-0", "e-") if t < 0.1 else f"{t:g}" for t in at]
+    return {"tickvals": at, "ticktext": texts, "tickangle": 0}
 
 
 def _spread_out(values: Sequence[float]) -> list[float]:
@@ -291,14 +294,18 @@ def _spread_out(values: Sequence[float]) -> list[float]:
     return heights
 
 
-def _note(x: float, y: float, text: str, at: float, facts: Facts, **more: Any) -> Figure:
+def _note(x: float, y: float, text: str, reach: Sequence[float], **more: Any) -> Figure:
+    """Text at a place; near an end of the axis it grows inwards, so that nothing is cut off."""
+    share = (x - reach[0]) / (reach[1] - reach[0])
+    side = "left" if share < 0.25 else "right" if share > 0.75 else "center"
     return {
+        "xanchor": side,
         "x": x, "y": y, "text": text, "showarrow": False, "yanchor": "bottom",
         "font": {"color": "@ink"},
     } | more  # fmt: skip
 
 
-def _reach(values: Iterable[float | None], facts: Facts, share: float) -> list[float]:
+def _reach(values: Iterable[float | None], share: float) -> list[float]:
     known = [value for value in values if value is not None] or [0.0, 1.0]
     pad = (max(known) - min(known)) * share or 0.1
     return [min(known) - pad, max(known) + pad]

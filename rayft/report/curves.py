@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rayft.report.charts import SYMBOLS, Chart, Figure, hover, layout, words
+from rayft.report.charts import SYMBOLS, Chart, Figure, layout, pointed, words
 from rayft.report.facts import Facts, Row
 from rayft.report.numbers import Scale
 
@@ -20,7 +20,7 @@ def curves(facts: Facts, scale: Scale) -> Chart:
     rows = [row for row in facts.rows if _course(row, facts)]
     strong = [row for row in facts.ranked() if row in rows][:FEW]
     weak = [row for row in rows if row not in strong]
-    data = [_crowd(weak, facts), *_ends(weak, facts, scale)]
+    data = [_crowd(weak, facts), *_ends(weak, facts)]
     notes: list[Figure] = []
     for number, row in reversed(list(enumerate(strong))):
         data.append(_line(row, number, facts, scale))
@@ -73,9 +73,9 @@ def _line(row: Row, number: int, facts: Facts, scale: Scale) -> Figure:
         "marker": {"size": [0] * (len(course) - 1) + [13 if best else 8],
                    "symbol": "star" if best else SYMBOLS.get(row.trial.status, "circle-open"),
                    "opacity": 1},
-        "hovertext": [f"{scale.text(value)} at step {step:,}<br>{hover(row, facts, scale)}"
-                      for step, value in course],
-        "hoverinfo": "text", "cliponaxis": False,
+        "text": [f"{scale.text(value)} at step {step:,}" for step, value in course],
+        "hovertemplate": "%{text}<br>%{customdata}<extra></extra>",
+        "customdata": [pointed(row)] * len(course), "cliponaxis": False,
     }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def _crowd(rows: Sequence[Row], facts: Facts) -> Figure:
     }  # fmt: skip
 
 
-def _ends(rows: Sequence[Row], facts: Facts, scale: Scale) -> list[Figure]:
+def _ends(rows: Sequence[Row], facts: Facts) -> list[Figure]:
     """Where each grey line ends, marked by why."""
     found = []
     for status in ("stopped", "diverged", "failed", "running", "done"):
@@ -107,11 +107,12 @@ def _ends(rows: Sequence[Row], facts: Facts, scale: Scale) -> list[Figure]:
         why = {"stopped": "stopped early", "done": "ran to its end", "running": "still runs"}
         loud = status in ("diverged", "failed")
         found.append({
-            "type": "scatter", "mode": "markers", "name": f"{why.get(status, status)} ({len(here)})",
+            "type": "scatter", "mode": "markers",
+            "name": f"{why.get(status, status)} ({len(here)})",
             "x": [step for step, _ in lasts], "y": [value for _, value in lasts],
             "marker": {"symbol": SYMBOLS.get(status, "circle-open"), "size": 9 if loud else 6,
                        "color": "@bad" if loud else "@grey"},
-            "hovertext": [hover(row, facts, scale) for row in here], "hoverinfo": "text",
+            "hovertext": [pointed(row) for row in here], "hoverinfo": "text",
             "legendrank": 900,
         })  # fmt: skip
     return found

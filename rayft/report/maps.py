@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rayft.report.axes import Axis, written
-from rayft.report.charts import Chart, Figure, hover, layout, ticks, words
+from rayft.report.charts import Chart, Figure, layout, pointed, ticks, words
 from rayft.report.facts import Facts, Row
 from rayft.report.numbers import Scale
 from rayft.report.study import Importance
@@ -16,8 +16,8 @@ MOST = 3  # surfaces
 ENOUGH = 15  # trials for a contour
 SHADES = 5
 GRID = 28
-WIDTH = 0.13  # of the smoothing kernel, in units of an axis
-FAR = 0.2  # from the nearest trial, in the same units: nothing is drawn there
+WIDTH = 0.15  # of the smoothing kernel, in units of an axis
+FAR = 0.32  # from the nearest trial, in the same units: nothing is drawn there
 
 
 def parallel(facts: Facts, scale: Scale) -> Chart:
@@ -25,14 +25,14 @@ def parallel(facts: Facts, scale: Scale) -> Chart:
     rows = [
         r for r in facts.ranked() if all(a.unit(r.trial.params) is not None for a in facts.axes)
     ]
-    low, high = _between(rows, facts)
+    low, high = _between(rows)
     data, count = [], len(facts.axes)
     for shade in range(SHADES):  # the worst first
         least, most = (len(rows) * (SHADES - shade - step) // SHADES for step in (1, 0))
         group = [row for row in rows[least:most] if row is not facts.best]
-        data.append(_bundle(group, facts, scale, low, high, f"@v{shade + 1}", shade))
+        data.append(_bundle(group, facts, low, high, f"@v{shade + 1}", shade))
     if facts.best is not None and facts.best in rows:
-        line = _bundle([facts.best], facts, scale, low, high, "@best", SHADES)
+        line = _bundle([facts.best], facts, low, high, "@best", SHADES)
         line["line"]["width"], line["opacity"] = 4, 1
         data.append(line)
     shapes = [
@@ -58,7 +58,7 @@ def parallel(facts: Facts, scale: Scale) -> Chart:
 
 
 def _bundle(
-    rows: Sequence[Row], facts: Facts, scale: Scale, low: float, high: float, color: str, shade: int
+    rows: Sequence[Row], facts: Facts, low: float, high: float, color: str, shade: int
 ) -> Figure:
     xs: list[Any] = []
     ys: list[Any] = []
@@ -69,7 +69,7 @@ def _bundle(
         heights.append(min(1.0, max(0.0, 1 - share if facts.sign > 0 else share)))
         xs += [*range(len(heights)), None]
         ys += [*heights, None]
-        texts += [hover(row, facts, scale)] * (len(heights) + 1)
+        texts += [pointed(row)] * (len(heights) + 1)
     many = len(facts.rows) > 100
     return {
         "type": "scatter", "mode": "lines", "x": xs, "y": ys, "hovertext": texts,
@@ -79,7 +79,7 @@ def _bundle(
 
 
 def _height(axis: Axis, row: Row) -> float:
-    """Where a line crosses an axis; a little beside its level, so that bundles can be told apart."""
+    """Where a line crosses an axis; a little beside its level, which keeps bundles apart."""
     place = axis.unit(row.trial.params) or 0.0
     if len(axis.levels) < 2:
         return place
@@ -108,7 +108,7 @@ def _tick(x: float, y: float, text: str) -> Figure:
     }  # fmt: skip
 
 
-def _between(rows: Sequence[Row], facts: Facts) -> tuple[float, float]:
+def _between(rows: Sequence[Row]) -> tuple[float, float]:
     """The results at the ends of the last axis: nine in ten of them; worse ones lie at the end."""
     values = [row.value or 0.0 for row in rows]
     if not values:
@@ -140,10 +140,10 @@ def surface(facts: Facts, scale: Scale, x: Axis, y: Axis, index: int) -> Chart:
         row for row in facts.ranked()
         if x.at(row.trial.params) is not None and y.at(row.trial.params) is not None
     ]  # fmt: skip
+    low, high = _between(rows)
     rows.reverse()  # the best on top
-    low, high = _between(rows[::-1], facts)
     data: list[Figure] = []
-    shades = {"zmin": low, "zmax": high} if high > low else {}
+    shades = {"zmin": low, "zmax": high, "reversescale": facts.sign < 0}
     varied = all(len({axis.at(row.trial.params) for row in rows}) > 2 for axis in (x, y))
     if len(rows) >= ENOUGH and varied and high > low:
         data.append(_contour(rows, x, y, scale) | shades)
@@ -152,16 +152,16 @@ def surface(facts: Facts, scale: Scale, x: Axis, y: Axis, index: int) -> Chart:
     data.append({
         "type": "scatter", "mode": "markers", "cliponaxis": False,
         "x": [_beside(x, row, 0) for row in rows], "y": [_beside(y, row, 1) for row in rows],
-        "hovertext": [hover(row, facts, scale) for row in rows], "hoverinfo": "text",
+        "hovertext": [pointed(row) for row in rows], "hoverinfo": "text",
         "marker": {
             "color": [row.value for row in rows], "colorscale": "@scale", "cmin": low,
             "cmax": high, "reversescale": facts.sign < 0,
-            "size": [16 if r.trial.id == best else 5 + 6 * i / max(count, 1)
+            "size": [16 if r.trial.id == best else 7 + 4 * i / max(count, 1)
                      for i, r in enumerate(rows)],
             "symbol": ["star" if r.trial.id == best else "circle" for r in rows],
             "line": {"width": 1, "color": "@paper"},
-            "colorbar": {"thickness": 8, "outlinewidth": 0, "tickfont": {"color": "@muted"},
-                         "nticks": 5, "title": {"text": words(facts.record.metric)}, "len": 1},
+            "colorbar": {"orientation": "h", "y": 1, "yanchor": "bottom", "thickness": 8,
+                         "nticks": 5, "len": 1.02, "outlinewidth": 0, "tickfont": {"color": "@muted", "size": 10}},
         },
     })  # fmt: skip
     made = layout(
@@ -190,11 +190,14 @@ def _contour(rows: Sequence[Row], x: Axis, y: Axis, scale: Scale) -> Figure:
             total = sum(k * value for k, (_, _, value) in zip(kernel, known, strict=True))
             line.append(total / sum(kernel))
         z.append(line)
+    heights = [value for line in z for value in line if value is not None]
+    low, high = min(heights), max(heights)
     places = [[_from_unit(axis, i / GRID) for i in range(GRID + 1)] for axis in (x, y)]
     return {
         "type": "contour", "x": places[0], "y": places[1], "z": z, "colorscale": "@scale",
-        "showscale": False, "opacity": 0.55, "hoverinfo": "skip", "ncontours": 7,
-        "contours": {"showlabels": True, "labelfont": {"size": 10, "color": "@ink"},
+        "showscale": False, "opacity": 0.55, "hoverinfo": "skip", "autocontour": False,
+        "contours": {"start": low, "end": high, "size": (high - low) / 7 or 1.0,
+                     "showlabels": True, "labelfont": {"size": 10, "color": "@ink"},
                      "labelformat": f".{scale.decimals}f"},
         "line": {"width": 0.5}, "connectgaps": False,
     }  # fmt: skip

@@ -13,8 +13,8 @@ FORMULA = (
     "Alone is, over all trials, start + planned steps × step alone. Steps not taken are those of "
     "stopped and diverged trials. Spent is the engine time charged to trials plus the packs' own "
     "starts. Packing is what remains: start + steps taken × step alone, less what was spent. "
-    "Evaluations are in the time spent but not in the step, so packing's share is "
-    "counted too low rather than too high."
+    "A step alone is measured as its forward and backward pass; the optimizer's part and the "
+    "evaluations are in the time spent but not in it, so packing is counted too low, not too high."
 )
 
 
@@ -36,7 +36,7 @@ def fullness(facts: Facts) -> str:
         f"<p>Slots were busy {share} of the time in which the packs trained. Full is busy "
         "slot-seconds over slots × engine time; step alone is a trial's step by itself, "
         "measured in the pack.</p>"
-        '<div class="wide-table"><table><thead><tr><th scope="col">pack</th>'
+        '<div class="wide-table"><table class="keep"><thead><tr><th scope="col">pack</th>'
         f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
@@ -79,7 +79,7 @@ def saved(facts: Facts) -> str:
     )
     cost = ""
     if bill.packing < 0:
-        cost = "<p>Packing cost time here rather than saving it: the steps were too large.</p>"
+        cost = "<p>By this count packing saved nothing here.</p>"
     return (
         "<h2>What early stopping and packing saved</h2>"
         '<div class="wide-table"><table><caption>Engine time, all devices added up</caption>'

@@ -1,5 +1,5 @@
 "use strict";
-const figures = JSON.parse(document.getElementById("figures").textContent);
+const { figures, hovers } = JSON.parse(document.getElementById("figures").textContent);
 const text = (id) => document.getElementById(id).textContent;
 
 async function library() {
@@ -18,19 +18,19 @@ function themed(value, color) {
   return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, themed(v, color)]));
 }
 
-function draw(width) {
+function draw(responsive = true) {
   const style = getComputedStyle(document.documentElement);
   const css = (name) => style.getPropertyValue("--" + name).trim();
   const color = (name) =>
+    name[0] === "@" ? hovers[name.slice(1)] :
     name === "scale" ? [0, 1, 2, 3, 4].map((i) => [i / 4, css("c" + i)]) : css(name);
   for (const { id, height, figure } of figures) {
     const { data, layout } = themed(figure, color);
     const place = document.getElementById(id);
-    const wide = width ? Math.min(place.clientWidth || width, width) : undefined;
-    const size = { height, width: wide, autosize: !width };
-    const small = (width || place.clientWidth) < 500;
-    if (small && layout.legend) layout.legend.font = { size: 10 };
-    Plotly.react(place, data, { ...layout, ...size }, { displayModeBar: false, responsive: !width });
+    const width = place.clientWidth;
+    if (width < 500 && layout.legend) layout.legend.font = { size: 10 };
+    const size = responsive ? { height, autosize: true } : { height, width };
+    Plotly.react(place, data, { ...layout, ...size }, { displayModeBar: false, responsive });
   }
 }
 
@@ -58,13 +58,13 @@ function sortable(table) {
 
 document.querySelectorAll("table.sortable").forEach(sortable);
 
-library().then(() => {
+(figures.length ? library() : Promise.resolve()).then(() => {
   draw();
   document.documentElement.dataset.drawn = "yes";
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
   addEventListener("beforeprint", () => {
     document.documentElement.classList.add("paper");
-    draw(680);
+    draw(false);
   });
   addEventListener("afterprint", () => {
     document.documentElement.classList.remove("paper");

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 import rayft
 from rayft.report.answer import answer, commands, standing, winner
-from rayft.report.charts import Chart, costs, important, slices, strip
+from rayft.report.charts import Chart, costs, hover, important, slices, strip
 from rayft.report.curves import curves
 from rayft.report.facts import Facts
 from rayft.report.listing import every_trial, failures, inheritance
@@ -77,7 +77,8 @@ def page(facts: Facts, place: str) -> str:
         _course(made, facts, scale)
     made.add(fullness(facts), saved(facts))
     made.add(failures(facts), inheritance(facts), every_trial(facts, scale))
-    return _whole(made, facts)
+    hovers = {row.trial.id: hover(row, facts, scale) for row in facts.rows} if made.charts else {}
+    return _whole(made, facts, hovers)
 
 
 def _parameters(made: Page, facts: Facts, scale: Scale) -> None:
@@ -101,7 +102,7 @@ def _parameters(made: Page, facts: Facts, scale: Scale) -> None:
         "<p class='note'>Each mark is a trial at its best evaluation: ● ran to its end, × stopped "
         "early, ★ the best. Results far worse than the rest lie outside.</p>"
     )
-    made.several(slices(facts, scale))
+    made.several(slices(facts))
     chosen = pairs(facts, found)
     if chosen:
         made.add(
@@ -127,7 +128,7 @@ def _course(made: Page, facts: Facts, scale: Scale) -> None:
         curves(facts, scale),
         "The best trials in colour, all others grey up to where they ended.",
     )
-    found = costs(facts, scale)
+    found = costs(facts)
     if found:
         made.add(
             "<h2>Quality against cost</h2>"
@@ -138,9 +139,11 @@ def _course(made: Page, facts: Facts, scale: Scale) -> None:
         made.several(found)
 
 
-def _whole(made: Page, facts: Facts) -> str:
+def _whole(made: Page, facts: Facts, hovers: dict[str, str]) -> str:
     drawn = [{"id": c.id, "height": c.height, "figure": c.figure} for c in made.charts]
-    data = json.dumps(drawn, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(
+        {"figures": drawn, "hovers": hovers}, separators=(",", ":"), allow_nan=False
+    ).replace("<", "\\u003c")
     name = escape(facts.record.name)
     model = escape(str(facts.record.config.get("model", {}).get("path", "")))
     body = "\n".join(made.parts)

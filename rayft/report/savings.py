@@ -11,9 +11,9 @@ packs (`start_seconds`, `alone_step_seconds`); of trials in several packs, by th
 
 so packing is what (s + n_i a) would have cost, less what was spent, the packs' own starts included.
 A trial that ran on its own is charged what it took: it saves by stopping only, with a = c_i / n_i
-and s = 0. For a trial that failed or still runs T_i = n_i: nothing is claimed for it. Evaluations
-are in c_i but not in a, so `packing` is a little too small, never too large. Nothing is clipped: a
-negative number means that it cost.
+and s = 0. For a trial that failed or still runs T_i = n_i: nothing is claimed for it. The
+optimizer's part and evaluations are in c_i but not in a, so `packing` is too small, not too large.
+Nothing is clipped: a negative number means that it cost.
 """
 
 from __future__ import annotations
