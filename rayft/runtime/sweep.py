@@ -147,7 +147,7 @@ class _Sweep:
             most=min(left, self.at_once + WAITING),
         )
         self._follow(phase, desk)
-        self.book.write(stopped_by=self.reason or "trials")
+        self.book.write(stopped_by=self.reason or ("grid" if searcher.exhausted else "trials"))
 
     def _seeds(self, desk: Any) -> None:
         """The winner again, with other seeds, to its full length."""
@@ -211,6 +211,8 @@ class _Sweep:
         self._tell()
         if self.interrupt.asked:
             raise InterruptedRun("stopped; what was committed is kept", fix=self.again)
+        if isinstance(phase.error, RayftError):
+            raise phase.error
         if phase.error is not None:
             raise RayftError(f"Ray Tune failed: {phase.error}") from phase.error
 
