@@ -49,4 +49,7 @@ def load(source: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] 
     run = validated(found, [(keys, f"{dotted(keys)} {said}") for keys, said in wrong])
     if run.sweep is not None and (astray := space.mistakes(run)):
         raise refusal(found, astray)
-    return ruled(found, run)
+    ruled(found, run)
+    if said := space.hopeless(run):
+        raise refusal(found, [(("sweep", "space"), said)])
+    return run

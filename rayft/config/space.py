@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,19 @@ from rayft.config.source import Keys, Source, dotted, split
 from rayft.config.sweep import Domain, perturbable
 from rayft.core.errors import ConfigError
 
-__all__ = ["applied", "mistakes", "params_of", "perturbable"]
+__all__ = [
+    "TRIES",
+    "applied",
+    "combination",
+    "drawn",
+    "hopeless",
+    "mistakes",
+    "params_of",
+    "perturbable",
+]
+
+TRIES = 200  # draws that make no valid config before the space is given up
+
 
 FIXED = {
     "name": "every trial has a name of its own",
@@ -62,6 +75,47 @@ def applied(
     found = Source(f"trial {name or run.name}{f' ({told})' if told else ''}", data)
     wrong = _set(found, params)
     return ruled(found, validated(found, wrong))
+
+
+def combination(space: Mapping[str, Domain], index: int) -> dict[str, Any]:
+    """The picks of one combination of a finite space; the last dimension varies fastest."""
+    picks: dict[str, Any] = {}
+    for name, domain in reversed(space.items()):
+        values = domain.values or ()
+        index, rest = divmod(index, len(values))
+        picks[name] = values[rest]
+    return {name: picks[name] for name in space}
+
+
+def drawn(domain: Domain, chance: random.Random) -> Any:
+    """One value of a dimension, by chance."""
+    if domain.uniform is not None:
+        return chance.uniform(*domain.uniform)
+    if domain.loguniform is not None:
+        low, high = domain.loguniform
+        return min(max(math.exp(chance.uniform(math.log(low), math.log(high))), low), high)
+    return chance.choice(domain.values or ())
+
+
+def hopeless(run: Run) -> str:
+    """Why no trial can be: each of many combinations (of a small space, all) is refused. "" as soon
+    as one is not."""
+    if run.sweep is None:
+        return ""
+    space, whole, said = run.sweep.space, run.sweep.combinations, ""
+    for number in range(min(TRIES, whole or TRIES)):
+        if whole is not None and whole <= TRIES:
+            picks = combination(space, number)
+        else:
+            chance = random.Random(number)
+            picks = {name: drawn(domain, chance) for name, domain in space.items()}
+        try:
+            applied(run, params_of(space, picks))
+        except ConfigError as error:
+            said = f"{error.what} ({error.where})"
+        else:
+            return ""
+    return f"no combination of sweep.space makes a valid config; the last one tried: {said}"
 
 
 def mistakes(run: Run) -> list[Mistake]:

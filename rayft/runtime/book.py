@@ -39,8 +39,11 @@ _AGAIN = "put the config back to continue it, or choose another name"
 class Book:
     """Keeps run.json true while a run goes on."""
 
-    def __init__(self, home: Storage, run: Run, view: View) -> None:
+    def __init__(
+        self, home: Storage, run: Run, view: View, *, source: str = "", export: bool = True
+    ) -> None:
         self.home, self._run, self._view = home, run, view
+        self._source, self._export = source, export
         self.record = _previous(home, run)
         self.reached = self.record.steps  # furthest finished step of any attempt
         self._step: int | None = None  # last finished step of this attempt
@@ -106,7 +109,15 @@ class Book:
         self._write(attempts=self.record.attempts + 1)
         # Where a relative path leads must not depend on the worker.
         config = self._run.resolved() | {"storage": Storage.open(self._run.storage).uri}
-        return Job(config, self._run.digest(), attempt, prepared.uri, prepared.hash)
+        return Job(
+            config,
+            self._run.digest(),
+            attempt,
+            prepared.uri,
+            prepared.hash,
+            source=self._source,
+            export=self._export,
+        )
 
     def hear(self, events: Sequence[Event]) -> int | None:
         """Take events; the last finished step of this attempt, None before it is known."""

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayft.config.run import Run
-from rayft.config.space import applied, params_of
+from rayft.config.space import TRIES, applied, combination, drawn, params_of
 from rayft.config.sweep import Domain, SweepSpec
 from rayft.core.errors import ConfigError
 
-TRIES = 200  # draws for one trial before the space is given up
 LISTED = 10_000  # combinations looked through, one after another, for one that is still free
 
 
@@ -110,7 +109,7 @@ class Draws:
         chance = random.Random(f"{self._run.seed}/{number}/{attempt}")
         row = number - 1 + attempt // 20  # one that fits nothing is left behind
         fixed = self._cycle[row % len(self._cycle)]
-        return {n: fixed[n] if n in fixed else _drawn(d, chance) for n, d in self._space.items()}
+        return {n: fixed[n] if n in fixed else drawn(d, chance) for n, d in self._space.items()}
 
     def _drop(self) -> None:
         """What was drawn last is not used."""
@@ -168,26 +167,7 @@ class Grid(Draws):
                 yield params
 
 
-def combination(space: Mapping[str, Domain], index: int) -> dict[str, Any]:
-    """The picks of one combination of a finite space; the last dimension varies fastest."""
-    picks: dict[str, Any] = {}
-    for name, domain in reversed(space.items()):
-        values = domain.values or ()
-        index, rest = divmod(index, len(values))
-        picks[name] = values[rest]
-    return {name: picks[name] for name in space}
-
-
 def sweep_of(run: Run) -> SweepSpec:
     if run.sweep is None:
         raise ConfigError("this config has no sweep block", where="sweep")
     return run.sweep
-
-
-def _drawn(domain: Domain, chance: random.Random) -> Any:
-    if domain.uniform is not None:
-        return chance.uniform(*domain.uniform)
-    if domain.loguniform is not None:
-        low, high = domain.loguniform
-        return min(max(math.exp(chance.uniform(math.log(low), math.log(high))), low), high)
-    return chance.choice(domain.values or ())

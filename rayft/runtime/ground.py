@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from rayft.compose.job import Prepared
 from rayft.config.run import Run
 from rayft.core.errors import DataError
 from rayft.core.storage import Storage
@@ -20,6 +22,7 @@ from rayft.runtime.room import reasons_alone, room_for
 from rayft.runtime.spread import over_ray
 from rayft.runtime.sweepbook import SweepBook
 from rayft.runtime.sweepview import SweepView
+from rayft.runtime.types import Mapper
 
 
 @contextmanager
@@ -31,8 +34,9 @@ def ground(
     Raises:
         InfeasibleError, StorageError, DataError: nothing has started.
     """
-    # The driver needs transformers to find the data; Ray takes as long to start.
-    threading.Thread(target=_import_data, daemon=True).start()
+    ready = threading.Event()
+    # Data that is in the cache, or small, is found while Ray starts; the rest waits for its tasks.
+    data = _Beside(lambda: _prepare(run, _once(ready, over_ray(interrupt))))
     address = os.environ.get("RAY_ADDRESS")
     view.note(f"joining Ray at {address}" if address else "starting Ray on this machine")
     with connected(dashboard=bool(reasons_alone(run)[1])):
@@ -41,9 +45,8 @@ def ground(
         living = nodes()
         room = room_for(run, living)
         preflight.storage_everywhere(book.home, living)
-        from rayft.compose.data import prepare_data
-
-        prepared = prepare_data(run, over_ray(interrupt))
+        ready.set()
+        prepared = data.result(interrupt)
         before = book.record.data_hash
         if before and before != prepared.hash:
             raise DataError(
@@ -74,5 +77,45 @@ def ground(
         )
 
 
-def _import_data() -> None:
-    import rayft.compose.data  # noqa: F401  # only for the time it takes
+def _prepare(run: Run, mapper: Mapper) -> Prepared:
+    from rayft.compose.data import prepare_data  # torch and transformers: seconds
+
+    return prepare_data(run, mapper)
+
+
+def _once(ready: threading.Event, mapper: Mapper) -> Mapper:
+    """`mapper`, for one item at once, for more when Ray is there."""
+
+    def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        if len(items) > 1:
+            ready.wait()
+        return mapper(function, items)
+
+    return spread
+
+
+class _Beside(threading.Thread):
+    """A function beside the main thread."""
+
+    def __init__(self, function: Callable[[], Prepared]) -> None:
+        super().__init__(name="rayft-data", daemon=True)
+        self._function = function
+        self._error: BaseException | None = None
+        self._value: Prepared | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Keeps the value or the error."""
+        try:
+            self._value = self._function()
+        except BaseException as error:  # the main thread raises it
+            self._error = error
+
+    def result(self, interrupt: Interrupt) -> Prepared:
+        """Wait for the value; raises what the function raised, or InterruptedRun."""
+        while self.is_alive():
+            self.join(0.1)
+            interrupt.check()
+        if self._error is not None:
+            raise self._error
+        return self._value

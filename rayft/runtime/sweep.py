@@ -22,7 +22,6 @@ from rayft.core.errors import (
 from rayft.core.lease import Lease
 from rayft.core.record import SweepRecord
 from rayft.core.storage import Storage
-from rayft.report import write_report
 from rayft.runtime.best import copy_winner, refit, write_config
 from rayft.runtime.desk import Desk
 from rayft.runtime.floor import Floor
@@ -148,7 +147,7 @@ class _Sweep:
             most=min(left, self.at_once + WAITING),
         )
         self._follow(phase, desk)
-        self.book.write(stopped_by=self.reason or "trials")
+        self.book.write(stopped_by=self.reason or ("grid" if searcher.exhausted else "trials"))
 
     def _seeds(self, desk: Any) -> None:
         """The winner again, with other seeds, to its full length."""
@@ -212,6 +211,8 @@ class _Sweep:
         self._tell()
         if self.interrupt.asked:
             raise InterruptedRun("stopped; what was committed is kept", fix=self.again)
+        if isinstance(phase.error, RayftError):
+            raise phase.error
         if phase.error is not None:
             raise RayftError(f"Ray Tune failed: {phase.error}") from phase.error
 
@@ -283,6 +284,8 @@ class _Sweep:
             self.view.note(f"warning: sweep.json still says running: {lost.what}")
 
     def _report(self) -> None:
+        from rayft.report import write_report  # plotly: once, at the end
+
         self.book.close()
         write_report(self.book.home)
         self.view.note(f"report: {self.book.home.shown()}/report.html")

@@ -53,8 +53,9 @@ class Start:
         flat = torch.zeros(1, layout.size, dtype=like.dtype, device=like.device)
         for index, one in enumerate(self.tensors):
             for group, tensor in one.items():
-                place = layout.view(flat, index, group)[0]
-                place[tuple(slice(0, size) for size in tensor.shape)] = tensor
+                if group == "lora_B":
+                    tensor = tensor.t()
+                layout.view(flat, index, group)[0, : len(tensor)] = tensor
         return flat[0]
 
 

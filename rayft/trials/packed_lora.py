@@ -80,11 +80,10 @@ class PackedLinear(nn.Module):
             shelf.view("params", self.index, group, 0, len(shelf.members))
             for group in ("lora_A", "lora_B")
         )
-        s = shelf.scaling * b  # (n, d_out, R)
-        cross = self.product(a, a.dtype).to(b.dtype)  # (n, R, d_out): A W^T
-        square = shelf.norms[self.index] + 2 * (s * cross.transpose(1, 2)).sum(-1)
-        square += (torch.bmm(s, torch.bmm(a, a.transpose(1, 2))) * s).sum(-1)
-        return square.clamp_(min=0).rsqrt_()
+        b = shelf.scaling * b  # (n, R, d_out)
+        cross = self.product(a, a.dtype).to(b.dtype)  # A W^T (n, R, d_out)
+        cross = 2 * cross + torch.bmm(torch.bmm(a, a.transpose(1, 2)), b)
+        return (shelf.norms[self.index] + (cross * b).sum(1)).clamp_(min=0).rsqrt_()
 
 
 def _arithmetic(x: Tensor, seating: Seating) -> torch.dtype:
@@ -105,54 +104,53 @@ class _Part:
 
     def cut(self, flat: Tensor) -> Tensor:
         """(B T, d) -> (n, t, d), a view."""
-        low, high = self.bunch.first * self.length, self.bunch.last * self.length
-        return flat[low:high].view(self.bunch.high - self.bunch.low, -1, flat.shape[-1])
+        return self.bunch.cut(flat, self.length)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (n, R, d_in), B (n, d_out, R) in the arithmetic of the products."""
+        """A (n, R, d_in), B^T (n, R, d_out) in the arithmetic of the products."""
         at = (self.bunch.low, self.bunch.high, self.dtype)
         shelf, index = self.bunch.shelf, self.layer.index
         return shelf.operand(index, "lora_A", *at), shelf.operand(index, "lora_B", *at)
 
+    def inputs(self, flat: Tensor, mask: Tensor | None) -> Tensor:
+        """z (n, t, d_in) in the arithmetic of the products."""
+        z = self.cut(flat)
+        return (z if mask is None else z * mask).to(self.dtype)
+
     def collect(self, group: str, left: Tensor, right: Tensor) -> None:
         """Add the batched product to the gradients of `group`."""
         at = (self.bunch.low, self.bunch.high)
-        grads = self.bunch.shelf.view("grads", self.layer.index, group, *at)
-        if grads.dtype == left.dtype:
-            grads.baddbmm_(left, right)
-        else:
-            grads.add_(torch.bmm(left, right))
+        _add_product(self.bunch.shelf.view("grads", self.layer.index, group, *at), left, right)
 
     def ahead(self, flat: Tensor, out: Tensor, mask: Tensor | None) -> list[Tensor | None]:
-        """Change the rows of `out`, which hold W x + b; [mask, s A z (n, t, R), what c multiplies
-        (n, t, d_out) with DoRA]."""
+        """Change the rows of `out`, which hold W x + b; [mask, (s A z)^T (n, R, t), what c
+        multiplies (n, t, d_out) with DoRA]."""
         a, b = self.factors()
-        y, z = self.cut(out), self.cut(flat)
-        z = (z if mask is None else z * mask).to(self.dtype)
-        h = torch.bmm(z, a.transpose(1, 2)).mul_(self.bunch.scaling)
+        y, z = self.cut(out), self.inputs(flat, mask)
+        h = torch.bmm(a, z.transpose(1, 2)).mul_(self.bunch.scaling)
         if not self.bunch.shelf.layout.dora:
-            _add_product(y, h, b.transpose(1, 2))
+            _add_product(y, h.transpose(1, 2), b)
             return [mask, h, None]
         c, _ = self.layer.factor(self.bunch, self.dtype)
         if mask is None:
             bias = self.layer.base.bias
             u = y.to(self.dtype) if bias is None else y.to(self.dtype) - bias
-            u = torch.baddbmm(u, h, b.transpose(1, 2))
+            u = torch.baddbmm(u, h.transpose(1, 2), b)
             y.copy_(u * c if bias is None else u * c + bias)
         else:
             once = self.layer.product(z, self.dtype)
-            u = torch.baddbmm(once, h, b.transpose(1, 2))
+            u = torch.baddbmm(once, h.transpose(1, 2), b)
             y.add_(u * c - once)
         return [mask, h, u]
 
     def behind(
         self, flat: Tensor, g: Tensor, outer: Tensor, kept: list[Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the adapters; (gradient of A z (n, t, R), gradient of W z or None).
+        """Gradients of the adapters; (gradient of (A z)^T (n, R, t), gradient of W z or None).
 
         `g` (B T, d_out) arrives; `outer` becomes the gradient of W x + b."""
         mask, h, u = kept
-        a, b = self.factors()
+        _, b = self.factors()
         gy, through = self.cut(g).to(self.dtype), None
         if u is not None:
             c, inverse = self.layer.factor(self.bunch, self.dtype)
@@ -165,20 +163,18 @@ class _Part:
             else:
                 through = gu - gy
             gy = gu
-        self.collect("lora_B", gy.transpose(1, 2), h)
-        dh = torch.bmm(gy, b).mul_(self.bunch.scaling)
-        z = self.cut(flat)
-        z = (z if mask is None else z * mask).to(self.dtype)
-        self.collect("lora_A", dh.transpose(1, 2), z)
+        self.collect("lora_B", h, gy)
+        dh = torch.bmm(b, gy.transpose(1, 2)).mul_(self.bunch.scaling)
+        self.collect("lora_A", dh, self.inputs(flat, mask))
         return dh, through
 
     def into(self, gx: Tensor, dh: Tensor, through: Tensor | None, mask: Tensor | None) -> None:
         """Add the adapters' part to the gradient of x, (B T, d_in)."""
         a, _ = self.factors()
         if mask is None:
-            _add_product(self.cut(gx), dh, a)
+            _add_product(self.cut(gx), dh.transpose(1, 2), a)
             return
-        gz = torch.bmm(dh, a)
+        gz = torch.bmm(dh.transpose(1, 2), a)
         if through is not None:
             gz += self.layer.back(through, self.dtype)
         self.cut(gx).add_(gz * mask)
@@ -213,7 +209,8 @@ class _Adapted(torch.autograd.Function):
             else:
                 ctx.mark_dirty(base_out)
                 out = base_out
-            flat, into = x.reshape(-1, layer.size.d_in), out.view(-1, layer.size.d_out)
+            x = x.contiguous()
+            flat, into = x.view(-1, layer.size.d_in), out.view(-1, layer.size.d_out)
             kept: list[Tensor | None] = []
             parts = [_Part(layer, bunch, seating.length, dtype) for bunch in seating.bunches]
             for number, part in enumerate(parts):
@@ -231,7 +228,7 @@ class _Adapted(torch.autograd.Function):
         """Adds to the shelves' gradients; returns those of x and of `base_out`."""
         layer, parts = ctx.layer, ctx.parts
         x, *kept = ctx.saved_tensors
-        flat, g_flat = x.reshape(-1, layer.size.d_in), g.reshape(-1, layer.size.d_out)
+        flat, g_flat = x.view(-1, layer.size.d_in), g.contiguous().view(-1, layer.size.d_out)
         saved = [kept[3 * number : 3 * number + 3] for number in range(len(parts))]
         outer = g_flat
         if any(u is not None and mask is None for mask, _, u in saved):

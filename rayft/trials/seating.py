@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,10 +32,17 @@ class Bunch:
     last: int
     drops: tuple[Drop, ...] = ()  # one per trial, or none
 
-    @property
+    @cached_property
     def scaling(self) -> Tensor:
         """(n, 1, 1): s of every trial."""
         return self.shelf.scaling[self.low : self.high]
+
+    def cut(self, flat: Tensor, length: int) -> Tensor:
+        """(B T, d), contiguous -> (n, t, d): the rows of these trials, a view."""
+        n, width = self.high - self.low, flat.shape[1]
+        tokens = (self.last - self.first) * length // n
+        start = flat.storage_offset() + self.first * length * width
+        return flat.as_strided((n, tokens, width), (tokens * width, width, 1), start)
 
     def takes(self, other: Bunch) -> bool:
         """`other`, one trial, comes next and has as many rows as each of these."""

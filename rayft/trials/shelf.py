@@ -1,9 +1,11 @@
 """Where stacked adapters live: rows of one flat buffer, one row per trial.
 
-A shelf holds the adapters of trials that share a padded rank R (the next power of two, at least 4),
+A shelf holds the adapters of trials that share a padded rank R (the next power of two, at least 8),
 so that one batched product serves them all and little of it is padding:
 
-    row = [ A of every layer (R, d_in) | B of every layer (d_out, R) | m of every layer (d_out,) ]
+    row = [ A of every layer (R, d_in) | B^T of every layer (R, d_out) | m of every layer (d_out,) ]
+
+B is transposed because CPU libraries are slow where the last side of a product is narrow.
 
 The three parts are the parameter groups lora_A, lora_B and lora_magnitude; each is one contiguous
 range of the row, which is what clipping and AdamW work on. What rank r < R leaves over is zero,
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 GROUPS = ("lora_A", "lora_B", "lora_magnitude")
-LEAST_RANK = 4
+LEAST_RANK = 8
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,11 @@ class Layout:
         return tuple(found)
 
     def view(self, rows: Tensor, layer: int, group: str) -> Tensor:
-        """(n, size) -> the layer's A (n, R, d_in), B (n, d_out, R) or m (n, d_out)."""
+        """(n, size) -> the layer's A (n, R, d_in), B^T (n, R, d_out) or m (n, d_out)."""
         size, start = self.layers[layer], self.offsets[layer][group]
         shape = {
             "lora_A": (self.rank, size.d_in),
-            "lora_B": (size.d_out, self.rank),
+            "lora_B": (self.rank, size.d_out),
             "lora_magnitude": (size.d_out,),
         }[group]
         flat = rows[:, start : start + torch.Size(shape).numel()]
@@ -115,12 +117,12 @@ class Row:
         for size, at in zip(self.layout.layers, self.layout.offsets, strict=True):
             one = {}
             for name, tensor in tensors.items():
-                first, rank = at[name] - starts[name], self.layout.rank
+                first, rank = at[name] - starts[name], self.rank
                 if name == "lora_A":
-                    one[name] = tensor[first : first + self.rank * size.d_in].view(-1, size.d_in)
+                    one[name] = tensor[first : first + rank * size.d_in].view(rank, size.d_in)
                 elif name == "lora_B":
-                    whole = tensor[first : first + rank * size.d_out].view(size.d_out, rank)
-                    one[name] = whole[:, : self.rank]
+                    whole = tensor[first : first + rank * size.d_out].view(rank, size.d_out)
+                    one[name] = whole.t()
                 else:
                     one[name] = tensor[first : first + size.d_out]
             found.append(one)

@@ -107,6 +107,18 @@ def test_short_forms_and_whole_sections_can_be_params() -> None:
     assert trial.strategy.model_dump()["stage"] == 2
 
 
+@pytest.mark.parametrize("more", [{}, {"optim.lr": {"uniform": [0.1, 1]}}])
+def test_a_space_without_one_valid_combination_is_refused(more: dict[str, Any]) -> None:
+    data = base().resolved()
+    data["model"]["quant"] = "nf4"
+    data["sweep"]["space"] = more | {"methods": {"choice": ["full", ["full", "lora"]]}}
+    said = refusal(data).what
+    assert "no combination of sweep.space makes a valid config" in said
+    assert "full fine-tuning trains the weights" in said
+    data["sweep"]["space"]["methods"]["choice"].append("lora")
+    assert load(data).sweep is not None
+
+
 # --- what is written -----------------------------------------------------------------------------
 
 

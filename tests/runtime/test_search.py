@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,12 @@ import ray
 from ray import tune
 
 from rayft.config.load import load
-from rayft.config.space import applied, params_of
+from rayft.config.space import applied, combination, params_of
 from rayft.config.sweep import Domain
 from rayft.core.errors import ConfigError
 from rayft.core.ledger import Book, fold
 from rayft.runtime.cluster import connected
-from rayft.runtime.draws import combination, picks_of
+from rayft.runtime.draws import picks_of
 from rayft.runtime.search import Fixed, Search
 
 RANGE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
@@ -346,6 +347,7 @@ def test_under_ray_tune_names_are_ours_and_none_is_lost(quiet, tmp_path, monkeyp
         line("t0003", "running", 0, {"optim.lr": 9e-3}),  # diverges
     ]
     search = Search(swept(RANGE, trials=12), fold(rows))
+    before = signal.getsignal(signal.SIGTERM)
     with connected():
         place = tune.PlacementGroupFactory(
             [{"CPU": 0, f"node:{ray.util.get_node_ip_address()}": 0.001}]
@@ -359,6 +361,7 @@ def test_under_ray_tune_names_are_ours_and_none_is_lost(quiet, tmp_path, monkeyp
             run_config=tune.RunConfig(name="x", storage_path=str(tmp_path), verbose=0),
         )  # fmt: skip
         results = tuner.fit()
+    signal.signal(signal.SIGTERM, before)  # ray.init took it
     said = {
         r.metrics["name"]: r.metrics["lr"] for r in results if r.metrics and "name" in r.metrics
     }
