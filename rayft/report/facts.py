@@ -126,6 +126,20 @@ def facts(record: SweepRecord, book: Book, files: frozenset[str] = frozenset()) 
     )
 
 
+def cost(facts: Facts) -> dict[str, float]:
+    """SweepRecord.cost: engine seconds; {} before any trial has told its own."""
+    bill = facts.saved
+    if bill is None:
+        return {}
+    return {
+        "trial_seconds": round(bill.spent, 3),
+        "alone_seconds": round(bill.alone, 3),
+        "saved_by_stopping": round(bill.stopping, 3),
+        "saved_by_packing": round(bill.packing, 3),
+        "start_seconds": round(bill.start, 3),
+    }
+
+
 def planned(record: SweepRecord, spec: SweepSpec, book: Book, trial: Trial) -> int | None:
     """Steps that a trial was meant to take; None where only a data set's length would tell."""
     own = trial.params.get("train.steps")

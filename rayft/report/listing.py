@@ -127,7 +127,7 @@ def _cell(facts: Facts, row: Row, name: str, scale: Scale) -> tuple[Any, str]:
         axis = facts.axes[int(name.removeprefix("axis "))]
         picked = axis.pick(trial.params)
         return picked, "–" if picked is None else written(picked)
-    again = f"{trial.status}, again with another seed" if trial.origin else trial.status
+    again = f"{trial.status}, other seed" if trial.origin else trial.status
     known: dict[str, tuple[Any, str]] = {
         "trial": (trial.id, trial.id),
         "status": (trial.status, again),

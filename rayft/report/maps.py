@@ -165,9 +165,12 @@ def surface(facts: Facts, scale: Scale, x: Axis, y: Axis, index: int) -> Chart:
                          "tickfont": {"color": "@muted", "size": 10}},
         },
     })  # fmt: skip
+    # by hand: Plotly puts an axis' title between its ticks where the plot is small
+    below = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0, "yanchor": "top", "yshift": -22,
+             "text": words(x.label), "showarrow": False, "font": {"size": 14}}  # fmt: skip
     made = layout(
-        x=words(x.label),
         y=words(y.label),
+        annotations=[below],
         xaxis=ticks(x),
         yaxis=ticks(y),
         margin={"b": 48},

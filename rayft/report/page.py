@@ -70,7 +70,7 @@ def page(facts: Facts, place: str) -> str:
     made.add(standing(facts), answer(facts, scale))
     ranked = facts.ranked()
     if len(ranked) > 1:
-        made.chart(strip(facts, scale))
+        made.chart(strip(facts, scale), _marks_said(facts))
     made.add('<div class="two">', winner(facts), commands(facts, place), "</div>")
     if len(ranked) > 1:
         _parameters(made, facts, scale)
@@ -100,8 +100,8 @@ def _parameters(made: Page, facts: Facts, scale: Scale) -> None:
     )
     made.add(
         "<h2>One parameter at a time</h2>"
-        "<p class='note'>Each mark is a trial at its best evaluation: ● ran to its end, × stopped "
-        "early, ★ the best. Results far worse than the rest lie outside.</p>"
+        "<p class='note'>Each mark is a trial at its best evaluation. Results far worse than the "
+        "rest lie outside.</p>"
     )
     made.several(slices(facts))
     chosen = pairs(facts, found)
@@ -112,6 +112,15 @@ def _parameters(made: Page, facts: Facts, scale: Scale) -> None:
             "smoothed mean, and is left out where no trial is near.</p>"
         )
         made.several([surface(facts, scale, x, y, i) for i, (x, y) in enumerate(chosen)], True)
+
+
+def _marks_said(facts: Facts) -> str:
+    """What the marks of trials mean, in all charts."""
+    runs = ", ○ still running" if facts.count("running") else ""
+    return (
+        '<span class="star">★</span> the best trial, ● trials that ran to their end, '
+        f"× stopped early{runs}."
+    )
 
 
 def _importance_said(found: Importance) -> str:

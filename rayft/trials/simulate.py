@@ -51,9 +51,7 @@ def simulate(lengths: Sequence[int], packs: int, slots: int, a: float, b: float)
 
 
 class _Run:
-    def __init__(
-        self, lengths: Sequence[int], packs: int, slots: int, a: float, b: float
-    ) -> None:
+    def __init__(self, lengths: Sequence[int], packs: int, slots: int, a: float, b: float) -> None:
         self.lengths, self.slots, self.a, self.b = lengths, slots, a, b
         self.packs = [_Pack() for _ in range(packs)]
         self.next = 0  # in the queue

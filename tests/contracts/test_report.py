@@ -73,7 +73,7 @@ def test_every_part_is_there(tmp_path: Path) -> None:
     assert all(place["role"] == "img" and place["aria-label"] for place in places)
     named = {figure["id"]: figure["figure"] for figure in page.figures}
     axes = named["surface-0"]["layout"]
-    assert axes["xaxis"]["title"]["text"] == "lr" and axes["xaxis"]["type"] == "log"
+    assert axes["annotations"][0]["text"] == "lr" and axes["xaxis"]["type"] == "log"
     assert axes["yaxis"]["title"]["text"] == "rank"
     assert named["surface-1"]["layout"]["yaxis"]["title"]["text"] == "lr_ratio"
     assert "contour" in [trace["type"] for trace in named["surface-0"]["data"]]

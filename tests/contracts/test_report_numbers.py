@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from rayft.config.sweep import Domain
 from rayft.core.ledger import Book, fold
 from rayft.report.axes import axes, written
-from rayft.report.facts import Row, front
+from rayft.report.facts import Row, cost, front, read_facts
 from rayft.report.numbers import Scale, many, seconds, size
 from rayft.report.savings import savings
+from tests.ledgers import START, write_sweep
 
 
 def book(*rows: dict[str, Any]) -> Book:
@@ -70,6 +72,14 @@ def test_packed_and_own_trials_beside_each_other() -> None:
     assert found is not None and found.packed == 1
     assert found.alone == pytest.approx((4 + 10 * 0.5) + 10 * 0.8)
     assert found.packing == pytest.approx(4 + 5 - (2 + 4))
+
+
+def test_the_cost_of_a_sweep_adds_up(tmp_path: Path) -> None:
+    found = cost(read_facts(write_sweep(tmp_path, 20)))
+    saved = found["saved_by_stopping"] + found["saved_by_packing"]
+    assert found["trial_seconds"] + saved == pytest.approx(found["alone_seconds"], abs=0.01)
+    assert found["start_seconds"] == pytest.approx(START + 0.15)  # the mean of four packs
+    assert cost(read_facts(write_sweep(tmp_path / "none", 0))) == {}
 
 
 def test_nothing_told_nothing_saved() -> None:
