@@ -23,6 +23,7 @@ import rayft
 from rayft.core.errors import MAX_LINES, ConfigError, RayftError
 
 if TYPE_CHECKING:
+    from rayft.config.run import Run
     from rayft.core.record import RunRecord, SweepRecord
 
 app = typer.Typer(
@@ -81,6 +82,8 @@ def check(
     run = rayft.load(config, overrides or ())
     typer.echo(f"# {config} is valid; digest {run.digest()}")
     typer.echo(dump(run.resolved()), nl=False)
+    if run.sweep is not None:
+        typer.echo(f"# sweep: {_searched(run)}")
 
 
 @app.command()
@@ -145,6 +148,31 @@ def export(
 
     _folder.set(where)
     typer.echo(export_run(where, merge=merge, check=check, to=to, step=step))
+
+
+@app.command()
+def report(
+    where: Annotated[
+        str, typer.Argument(metavar="DIR_OR_URI", help="A sweep's folder: <storage>/<name>.")
+    ],
+) -> None:
+    """Build report.html, trials.csv and an Optuna journal of a sweep from its storage alone."""
+    _folder.set(where)
+    from rayft.report import build
+
+    for address in build(where):
+        typer.echo(address)
+
+
+def _searched(run: Run) -> str:
+    """`32 trials of at most 90 steps, optuna, asha`."""
+    sweep = run.sweep
+    if sweep is None:
+        return "none"
+    steps = sweep.steps or run.train.steps
+    length = f"{run.train.epochs:g} epochs" if steps is None else f"{steps} steps"
+    trials = f"{sweep.count} trial{'' if sweep.count == 1 else 's'}"
+    return f"{trials} of at most {length}, {sweep.search.kind}, {sweep.scheduler.kind}"
 
 
 def _summary(record: RunRecord, folder: str) -> list[str]:

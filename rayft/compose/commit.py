@@ -250,3 +250,18 @@ def _read(folder: Storage, name: str) -> bytes:
         return folder.read_bytes(name)
     except FileNotFoundError as error:
         raise BadCommit(f"{name} is missing") from error
+
+
+def donated(donor: Storage, name: str) -> str:
+    """`name` where it verifies, else the newest commit of the run `donor`.
+
+    Raises:
+        BadCommit: it has none.
+    """
+    try:
+        return load_commit(donor, name).name
+    except BadCommit:
+        found = find_commit(donor, set_bad_aside=False)
+        if found is None:
+            raise
+        return found.name

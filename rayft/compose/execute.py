@@ -36,15 +36,16 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
     storage = Storage.open(run.storage).child(run.name)
     parts = assemble(run, open_corpus(run, job.data_dir, job.data_hash), device)
     session = Session(job, parts, storage, signals, began)
+    schedule = Schedule(parts.steps, run.train.eval_every, run.train.save_every)
     try:
         resumed = session.restore()
         progress = session.progress
         if rank == 0:
             signals.progress(_started(parts, progress))
         if resumed is None:
-            session.evaluate(0)
+            _begin(job, session, schedule)
+        progress = session.progress
         hooks = Hooks(signals.stop_requested, session.log, session.evaluate, session.save)
-        schedule = Schedule(parts.steps, run.train.eval_every, run.train.save_every)
         stepper = Stepper(parts.engine, parts.built.objective, parts.stream, parts.lrs)
         status = train(stepper, schedule, progress, hooks)
     except BaseException:
@@ -53,11 +54,21 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
     session.finish()
     # The last collective: no rank waits in one, and runs into its timeout, while rank 0 exports.
     outcome = _outcome(status, session)
-    if status == "done" and rank == 0:
+    if status == "done" and rank == 0 and job.export:
         signals.progress({"kind": "export", "step": progress.step})
         record = _record(storage, parts, progress)
         publish(parts.built, record, choose_commit(storage, record), storage.child(EXPORT))
     return outcome
+
+
+def _begin(job: Job, session: Session, schedule: Schedule) -> None:
+    """From the start, with the base model's evaluation; or from another run's state, which is
+    saved at once as this run's own."""
+    if not job.source:
+        session.evaluate(0)
+        return
+    session.clone(job.source, schedule)
+    session.save(session.progress.step, session.progress.best is not None)
 
 
 def _started(parts: Parts, progress: Progress) -> dict[str, Any]:

@@ -25,6 +25,8 @@ class Job:
     attempt: str  # part of checkpoint names, so that two attempts can never merge
     data_dir: str  # Prepared.uri
     data_hash: str  # Prepared.hash
+    source: str = ""  # checkpoint folder of another run to begin from, if this one has none yet
+    export: bool = True  # write the hub layout at the end
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 from rayft.compose.assemble import Parts
 from rayft.compose.checkpoint import CheckpointWriter
-from rayft.compose.commit import Commit, find_commit, load_commit
+from rayft.compose.commit import Commit, donated, find_commit, load_commit
 from rayft.compose.evaluate import evaluate
 from rayft.compose.job import Job, Signals
-from rayft.compose.loop import Progress, StepResult
-from rayft.compose.manifest import folder_name
+from rayft.compose.loop import Progress, Schedule, StepResult
+from rayft.compose.manifest import FOLDER, folder_name
 from rayft.core.errors import StorageError
 from rayft.core.jsonl import Appender
 from rayft.core.shards import Shard
@@ -133,6 +133,26 @@ class Session:
             self.generators.restore(saved, fresh_seed(self.parts.run.seed, self.rank, commit.step))
         self.progress = Progress(**commit.extra(0)["progress"])
         self.earlier = self.progress.seconds
+
+    def clone(self, source: str, schedule: Schedule) -> Commit:
+        """The state of another run's checkpoint, under this run's settings; not yet saved.
+
+        Args:
+            source: the checkpoint's folder; where it has been cleared away since, that run's
+                newest commit.
+            schedule: of this run. The donor's best is not this run's: this state is its best where
+                it was evaluated.
+        """
+        where, _, name = source.rstrip("/").rpartition(f"/{FOLDER}/")
+        donor = Storage.open(where)
+        chosen = agree(lambda: donated(donor, name), self.rank, self.world)
+        commit = load_commit(donor, chosen, verify=False)  # rank 0 has just verified it
+        self.take(commit)
+        self.progress.best = None
+        if schedule.evaluates(commit.step) and self.progress.eval:
+            own, loss = folder_name(commit.step, self.job.attempt), self.progress.eval["eval_loss"]
+            self.progress.best = {"step": commit.step, "metric": loss, "checkpoint": own}
+        return commit
 
     def _newest(self) -> str | None:
         commit = find_commit(self.storage)

@@ -7,33 +7,14 @@ that knows it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from rayft.config.data import SourceSpec
 from rayft.config.methods import FullSpec, LoraSpec
+from rayft.config.rule import Rule
 from rayft.config.run import Run
 from rayft.config.strategies import ZeroSpec
+from rayft.config.sweep_rules import SWEEP_RULES
 from rayft.core.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One refusal.
-
-    Attributes:
-        when: true for a run that must not start.
-        say: what is wrong and what to do instead; `{run...}` is filled in with the run.
-        key: dotted path of the setting to change, for the line number.
-    """
-
-    when: Callable[[Run], bool]
-    say: str
-    key: str
-
-    def sentence(self, run: Run) -> str:
-        """`say` for this run."""
-        return self.say.format(run=run)
 
 
 def _full(run: Run) -> bool:
@@ -258,7 +239,8 @@ RULES: tuple[Rule, ...] = (
 
 def matching(run: Run) -> list[Rule]:
     """The rules that fire, in the order of the table."""
-    return [rule for rule in RULES if rule.when(run)]
+    swept = SWEEP_RULES if run.sweep is not None else ()
+    return [rule for rule in (*RULES, *swept) if rule.when(run)]
 
 
 def fired(run: Run) -> list[str]:

@@ -160,6 +160,11 @@ def dotted(keys: Keys) -> str:
     return ".".join(str(key) for key in keys)
 
 
+def split(path: str) -> Keys:
+    """The inverse of `dotted`: list entries by number."""
+    return tuple(int(part) if part.isdigit() else part for part in path.split(".") if path)
+
+
 def parse(text: str, name: str, place: str | None = None) -> Source:
     """Parse one YAML or JSON document.
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_serializer, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from rayft.config.base import Spec
 
-Value = bool | int | float | str | None | list[Any] | dict[str, Any]
-"""What a config field may be set to."""
+KINDS = ("choice", "grid", "uniform", "loguniform", "int", "paired")
+"""Of a domain, as they are written."""
 
 
 class Domain(Spec):
@@ -18,9 +20,9 @@ class Domain(Spec):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    choice: tuple[Value, ...] | None = Field(None, min_length=1)
+    choice: tuple[Any, ...] | None = Field(None, min_length=1)
     """One of these values."""
-    grid: tuple[Value, ...] | None = Field(None, min_length=1)
+    grid: tuple[Any, ...] | None = Field(None, min_length=1)
     """Every one of these values (search: grid or random)."""
     uniform: tuple[float, float] | None = None
     """[low, high], evenly."""
@@ -28,17 +30,38 @@ class Domain(Spec):
     """[low, high], evenly in the logarithm."""
     integers: tuple[int, int] | None = Field(None, alias="int")
     """[low, high], whole numbers, both ends included."""
-    paired: tuple[dict[str, Value], ...] | None = Field(None, min_length=1)
+    paired: tuple[dict[str, Any], ...] | None = Field(None, min_length=1)
     """Fields that change together, each entry {path: value, ...}; the dimension's own name is free
     then."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _readable(cls, data: Any) -> Any:
+        """What the types below would refuse in words that say less."""
+        if isinstance(data, Domain):
+            return data
+        if not isinstance(data, dict):
+            hint = "a field that is not searched is set in the config itself"
+            if isinstance(data, list | tuple):
+                hint = "of these values would be {choice: [...]}"
+            raise ValueError(f"write how it varies, e.g. {{choice: [8, 16]}}; {hint}")
+        for key, value in data.items():
+            _known(key, value)
+            if key in ("choice", "grid", "paired") and not isinstance(value, list | tuple | None):
+                raise ValueError(f"{key} takes a list of values: {key}: [{value}]")
+            if key in ("uniform", "loguniform", "int") and value is not None:
+                pair = isinstance(value, list | tuple) and len(value) == 2
+                if not pair or any(isinstance(end, bool) for end in value):
+                    raise ValueError(f"{key} takes two numbers, {key}: [low, high], not {value}")
+        return data
 
     @model_validator(mode="after")
     def _one(self) -> Domain:
         given = [name for name, value in self if value is not None]
         if len(given) != 1:
             raise ValueError(
-                "give exactly one of choice, grid, uniform, loguniform, int, paired"
-                + (f", not {' and '.join(given)}" if given else "")
+                f"give exactly one of {', '.join(KINDS)}"
+                + (f", not {' and '.join(map(_written, given))}" if given else "")
             )
         for ends in (self.uniform, self.loguniform, self.integers):
             if ends is not None and not ends[0] < ends[1]:
@@ -47,22 +70,28 @@ class Domain(Spec):
             raise ValueError("loguniform needs a low end above 0")
         if self.paired is not None and len({frozenset(entry) for entry in self.paired}) != 1:
             raise ValueError("every entry of paired must set the same fields")
+        if self.paired is not None and not self.paired[0]:
+            raise ValueError("an entry of paired is a mapping {path: value, ...}, not empty")
+        listed = [repr(value) for value in self.choice or self.grid or self.paired or ()]
+        for text in listed:
+            if listed.count(text) > 1:
+                raise ValueError(f"{text} is listed twice")
         return self
 
     @model_serializer
     def _as_written(self) -> dict[str, Any]:
         """{choice: [...]}: the one that is given."""
         listed = {name: value for name, value in self if value is not None}
-        return {{"integers": "int"}.get(name, name): value for name, value in listed.items()}
+        return {_written(name): value for name, value in listed.items()}
 
     @property
-    def values(self) -> tuple[Any, ...] | None:
+    def values(self) -> Sequence[Any] | None:
         """All values of a finite domain (paired: its mappings); None of a continuous one."""
         for listed in (self.choice, self.grid, self.paired):
             if listed is not None:
                 return tuple(listed)
         if self.integers is not None:
-            return tuple(range(self.integers[0], self.integers[1] + 1))
+            return range(self.integers[0], self.integers[1] + 1)
         return None
 
     def ends(self) -> tuple[Any, ...]:
@@ -70,7 +99,23 @@ class Domain(Spec):
         for ends in (self.uniform, self.loguniform, self.integers):
             if ends is not None:
                 return ends
-        return self.values or ()
+        return tuple(self.values or ())
+
+
+def _written(name: str) -> str:
+    return "int" if name == "integers" else name
+
+
+def _known(key: Any, value: Any) -> None:
+    """Refuse what is no kind of domain."""
+    if key in KINDS or key == "integers":
+        return
+    if isinstance(value, dict):
+        hint = "; a field further inside is named by its whole path, e.g. optim.lr: {choice: [...]}"
+    else:
+        near = difflib.get_close_matches(str(key).lower(), KINDS, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"there is no {key} (there are: {', '.join(KINDS)}){hint}")
 
 
 class OptunaSpec(Spec):
@@ -178,6 +223,13 @@ class SweepSpec(Spec):
             data["trials"] = data.pop("max_trials")
         return data
 
+    @field_validator("space", mode="before")
+    @classmethod
+    def _something(cls, value: Any) -> Any:
+        if value in (None, {}):
+            raise ValueError("name at least one field, e.g. optim.lr: {loguniform: [1e-5, 1e-3]}")
+        return value
+
     @property
     def combinations(self) -> int | None:
         """Of a space without ranges; None otherwise."""
@@ -198,3 +250,16 @@ class SweepSpec(Spec):
         for name, domain in self.space.items():
             found += list(domain.paired[0]) if domain.paired else [name]
         return tuple(found)
+
+
+PERTURBABLE = ("optim.lr", "optim.weight_decay", "optim.clip")
+PERTURBABLE_OF_METHODS = ("lr_ratio", "alpha", "dropout")
+
+
+def perturbable(path: str) -> bool:
+    """Whether population-based training may change this field of a trial between two steps; what
+    it may not, travels with the weights of the donor."""
+    first, _, tail = path.partition(".")
+    number, _, field = tail.partition(".")
+    ours = first == "methods" and number.isdigit() and field in PERTURBABLE_OF_METHODS
+    return ours or path in PERTURBABLE

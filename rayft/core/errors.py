@@ -81,3 +81,10 @@ class InterruptedRun(RayftError):
     """Stopped by a signal after a save; the same command continues it."""
 
     exit_code, label = 75, "interrupted"
+
+
+class InUseError(RayftError):
+    """Another driver has this run or sweep. Exit 1: 2 would say that the config must change, 75
+    that it is to be started again, and both are wrong while the other one lives."""
+
+    label = "already running"

@@ -39,19 +39,36 @@ _AGAIN = "put the config back to continue it, or choose another name"
 class Book:
     """Keeps run.json true while a run goes on."""
 
-    def __init__(self, home: Storage, run: Run, view: View) -> None:
+    def __init__(
+        self, home: Storage, run: Run, view: View, *, source: str = "", export: bool = True
+    ) -> None:
         self.home, self._run, self._view = home, run, view
+        self._source, self._export = source, export
         self.record = _previous(home, run)
         self.reached = self.record.steps  # furthest finished step of any attempt
         self._step: int | None = None  # last finished step of this attempt
         self._before, self._began = self.record.seconds, time.monotonic()
         self._trackers: Trackers | None = None
         self._begun = False  # before it has, errors leave run.json as it is
+        self._ours = True  # until another driver takes over
 
     @property
     def done(self) -> bool:
         """Nothing is left to do."""
         return self.record.status == "done"
+
+    def reread(self) -> None:
+        """Another driver may have gone on since this one began.
+
+        Raises:
+            ConfigError, StorageError: as at the beginning.
+        """
+        self.record = _previous(self.home, self._run)
+        self.reached, self._before = self.record.steps, self.record.seconds
+
+    def hand_over(self) -> None:
+        """Another driver has taken over: nothing more is written."""
+        self._ours = False
 
     def begin(self, prepared: Prepared, hardware: dict[str, Any]) -> None:
         """Training is about to start; from here on run.json exists.
@@ -92,7 +109,15 @@ class Book:
         self._write(attempts=self.record.attempts + 1)
         # Where a relative path leads must not depend on the worker.
         config = self._run.resolved() | {"storage": Storage.open(self._run.storage).uri}
-        return Job(config, self._run.digest(), attempt, prepared.uri, prepared.hash)
+        return Job(
+            config,
+            self._run.digest(),
+            attempt,
+            prepared.uri,
+            prepared.hash,
+            source=self._source,
+            export=self._export,
+        )
 
     def hear(self, events: Sequence[Event]) -> int | None:
         """Take events; the last finished step of this attempt, None before it is known."""
@@ -170,7 +195,8 @@ class Book:
     def _write(self, **changes: Any) -> None:
         seconds = self._before + time.monotonic() - self._began
         self.record = replace(self.record, seconds=round(seconds, 3), **changes)
-        self.home.write_text(RECORD, self.record.to_json())
+        if self._ours:
+            self.home.write_text(RECORD, self.record.to_json())
 
 
 def _counted(total: dict[str, int]) -> str:

@@ -58,10 +58,12 @@ class Desk:
         Raises:
             RayftError: it can never run; `ConfigError` for params that make no valid config.
         """
-        await self._free(trial, keep=False, told=True)
+        # Tune also pauses a trial and gives it its own pointer: then its own commits are the state.
+        other = source is not None and source["trial"] != trial
+        await self._free(trial, keep=not other, told=True)
         home = Storage.open(self._floor.home).child("trials").uri
         run = applied(self._base, params, name=trial, storage=home)
-        folder = source["folder"] if source else None
+        folder = source["folder"] if source and other else None
         if self._base.sweep.pack == "off" or why_alone(run):
             return await self._alone(trial, run, folder)
         return await self._packed(trial, run, folder)
@@ -211,9 +213,7 @@ class Desk:
         host = OwnHost.options(name=f"{name}-{secrets.token_hex(2)}").remote(self._floor.cwd)
         self._where[trial] = host
         prepared = await self._prepared(run)
-        await host.begin.remote(
-            run.resolved(), prepared, source, self._floor.facts, self._base.sweep.divergence
-        )
+        await host.begin.remote(run.resolved(), prepared, source, self._base.sweep.divergence)
         return host
 
     # ---- both
@@ -251,6 +251,27 @@ class Desk:
             place.trials.discard(trial)
             place.full = False
         await self._notify()
+        await self._spread()
+
+    async def _spread(self) -> None:
+        """When nobody waits and a pack has nothing to do, it gets a trial of the fullest one: at
+        the end of a sweep the last trials must not share one core while the others idle."""
+        idle = [pack for pack in self._packs if not pack.trials and pack.key is not None]
+        full = max(self._packs, key=lambda pack: len(pack.trials), default=None)
+        if self._stopping or self._queue or not idle or full is None or len(full.trials) < 2:
+            return
+        if full.moving or idle[0].key != full.key:
+            return
+        full.moving = True
+        try:
+            trial = max(full.trials)  # the youngest
+            if await full.host.move.remote(trial):
+                full.trials.discard(trial)
+                self._where.pop(trial, None)
+        except ray.exceptions.RayError:
+            return  # it died; its trials find out by themselves
+        finally:
+            full.moving = False
 
     async def _notify(self) -> None:
         async with self._changed:

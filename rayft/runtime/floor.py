@@ -40,6 +40,7 @@ class Pack:
     trials: set[str] = field(default_factory=set)
     full: bool = False  # refused for memory; until somebody leaves
     opening: bool = False
+    moving: bool = False  # one of its trials is on its way to another pack
     stats: dict[str, float] = field(default_factory=dict)
 
 

@@ -54,6 +54,10 @@ class Interrupt:
         if self.asked:
             raise InterruptedRun("stopped while no step was under way; nothing is lost")
 
+    def stop(self) -> None:
+        """Stop now, as two signals would."""
+        self.count = max(self.count, 2)
+
     def notice(self, signum: int, frame: object) -> None:
         """The signal handler: takes no lock, so it may interrupt anything."""
         self.count += 1

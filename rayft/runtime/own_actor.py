@@ -28,12 +28,11 @@ class OwnHost:
         config: dict[str, Any],
         prepared: Prepared,
         source: str | None,
-        facts: dict[str, Any],
         divergence: float,
     ) -> None:
         """Start, or continue, the run."""
         run = Run.model_validate(config)
-        self._seat = OwnSeat(run, prepared, source=source, facts=facts, divergence=divergence)
+        self._seat = OwnSeat(run, prepared, source=source, divergence=divergence)
 
     def next(self, trial: str) -> Told:
         """The next report."""

@@ -81,9 +81,19 @@ class PackHost:
     async def leave(self, trial: str, keep: bool) -> None:
         """Free the slot; nothing when the trial has left already."""
         await self._ask(lambda: self._leave(trial, keep))
-        waiting = self._told.pop(trial, None)
+        self._last_word(Told(trial, 0, {}, "failed", "it was told to leave"))
+
+    async def move(self, trial: str) -> bool:
+        """Commit a trial and let it out, for another pack; whether it was still in."""
+        moved = await self._ask(lambda: self._move(trial))
+        if moved:
+            self._last_word(Told(trial, 0, {}, "moved"))
+        return moved
+
+    def _last_word(self, told: Told) -> None:
+        waiting = self._told.pop(told.trial, None)
         if waiting is not None:  # nobody may wait for a trial that says nothing more
-            waiting.put_nowait(Told(trial, 0, {}, "failed", "it was told to leave"))
+            waiting.put_nowait(told)
 
     async def save(self, trial: str) -> str:
         """Commit a trial's present state; the address of its checkpoint folder."""
@@ -180,6 +190,13 @@ class PackHost:
     def _leave(self, trial: str, keep: bool) -> None:
         if self._pack and trial in self._pack.trials:
             self._pack.leave(trial, keep=keep)
+
+    def _move(self, trial: str) -> bool:
+        inside = self._pack is not None and trial in self._pack.trials
+        if inside:
+            self._pack.commit(trial)
+            self._pack.leave(trial, keep=True)
+        return inside
 
     def _close(self) -> None:
         if self._pack is not None:

@@ -5,11 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,15 +22,12 @@ from rayft.core.errors import (
 from rayft.core.lease import Lease
 from rayft.core.record import SweepRecord
 from rayft.core.storage import Storage
-from rayft.report import write_report
-from rayft.runtime import preflight
 from rayft.runtime.best import copy_winner, refit, write_config
-from rayft.runtime.cluster import connected, hardware, nodes, passed_on
-from rayft.runtime.desk import Desk, Floor
+from rayft.runtime.desk import Desk
+from rayft.runtime.floor import Floor
+from rayft.runtime.ground import ground
 from rayft.runtime.interrupt import Interrupt, handling
-from rayft.runtime.room import reasons_alone, room_for
 from rayft.runtime.search import Fixed, Search
-from rayft.runtime.spread import over_ray
 from rayft.runtime.sweepbook import SweepBook
 from rayft.runtime.sweepview import SweepView, sweep_view
 from rayft.runtime.tuning import Phase, scheduler
@@ -91,6 +84,7 @@ class _Sweep:
         self.interrupt, self.lease = interrupt, lease
         self.reason = ""  # why the search ended early
         self.packs: dict[str, Any] = {}
+        self.at_once = 0  # trials that can train at the same time
         self._looked = self._noted = 0.0
 
     # ---- from start to end
@@ -106,7 +100,7 @@ class _Sweep:
             over = sum(trial.over for trial in known)
             self.view.note(f"continuing sweep {self.run.name}: {over} trials over, {shown}")
         try:
-            with self._cluster() as floor:
+            with ground(self.run, book, self.view, self.interrupt) as (floor, self.at_once):
                 self._phases(floor)
         except BaseException as error:
             self._broke(error)
@@ -119,49 +113,6 @@ class _Sweep:
         more = searched < self.run.sweep.count and self.book.record.stopped_by == "trials"
         repeated = sum(bool(trial.origin) for trial in self.book.book.trials.values())
         return more or repeated < self.run.sweep.seeds - 1
-
-    @contextmanager
-    def _cluster(self) -> Iterator[Floor]:
-        """Ray, the data, and everything that can be refused before the first trial."""
-        # The driver needs transformers to find the data; Ray takes as long to start.
-        threading.Thread(target=_import_data, daemon=True).start()
-        address = os.environ.get("RAY_ADDRESS")
-        self.view.note(f"joining Ray at {address}" if address else "starting Ray on this machine")
-        with connected(dashboard=bool(reasons_alone(self.run)[1])):
-            self.interrupt.arm()  # ray.init installs a SIGTERM handler that ends the process
-            self.interrupt.check()
-            living = nodes()
-            room = room_for(self.run, living)
-            self.at_once = room.at_once
-            preflight.storage_everywhere(self.book.home, living)
-            from rayft.compose.data import prepare_data
-
-            prepared = prepare_data(self.run, over_ray(self.interrupt))
-            before = self.book.record.data_hash
-            if before and before != prepared.hash:
-                raise ConfigError(
-                    f"the data changed since sweep {self.run.name} began",
-                    where="data.train, data.eval",
-                    fix="put the data back to continue, or choose another name",
-                )
-            self.interrupt.check()
-            facts = hardware()
-            self.book.begin(data_hash=prepared.hash, data=prepared.stats, hardware=facts, error="")
-            self.view.note(room.sentence)
-            yield Floor(
-                config=self.run.resolved() | {"storage": Storage.open(self.run.storage).uri},
-                home=self.book.home.uri,
-                prepared=prepared,
-                packs=room.packs,
-                slots=room.slots,
-                alone=room.alone,
-                cpus=self.run.scale.cpus,
-                gpus=room.gpus,
-                start=self.book.record.starts,
-                cwd=str(Path.cwd()),
-                environment=passed_on() if address else {},
-                facts={"versions": self.book.record.versions, "hardware": facts},
-            )
 
     def _phases(self, floor: Floor) -> None:
         desk = Desk.options(name=f"rayft-{self.run.name}-desk-{os.getpid()}").remote(floor)
@@ -196,7 +147,7 @@ class _Sweep:
             most=min(left, self.at_once + WAITING),
         )
         self._follow(phase, desk)
-        self.book.write(stopped_by=self.reason or "trials")
+        self.book.write(stopped_by=self.reason or ("grid" if searcher.exhausted else "trials"))
 
     def _seeds(self, desk: Any) -> None:
         """The winner again, with other seeds, to its full length."""
@@ -260,6 +211,8 @@ class _Sweep:
         self._tell()
         if self.interrupt.asked:
             raise InterruptedRun("stopped; what was committed is kept", fix=self.again)
+        if isinstance(phase.error, RayftError):
+            raise phase.error
         if phase.error is not None:
             raise RayftError(f"Ray Tune failed: {phase.error}") from phase.error
 
@@ -331,6 +284,8 @@ class _Sweep:
             self.view.note(f"warning: sweep.json still says running: {lost.what}")
 
     def _report(self) -> None:
+        from rayft.report import write_report  # plotly: once, at the end
+
         self.book.close()
         write_report(self.book.home)
         self.view.note(f"report: {self.book.home.shown()}/report.html")
@@ -348,7 +303,3 @@ def _close(desk: Any) -> None:
     with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
         ray.get(desk.close.remote(), timeout=CLOSE)
     ray.kill(desk)
-
-
-def _import_data() -> None:
-    import rayft.compose.data  # noqa: F401  # only for the time it takes

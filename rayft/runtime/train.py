@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
+
 from rayft.compose.job import Outcome
 from rayft.config.rules import refuse
 from rayft.config.run import Run
-from rayft.core.errors import InterruptedRun
+from rayft.core.errors import InterruptedRun, InUseError
+from rayft.core.lease import Lease
 from rayft.core.record import RunRecord
 from rayft.core.storage import Storage, probe
 from rayft.runtime import trackers
 from rayft.runtime.attempts import persevere
 from rayft.runtime.book import Book
 from rayft.runtime.interrupt import Interrupt, handling
-from rayft.runtime.progress import view
+from rayft.runtime.progress import View, view
 from rayft.runtime.types import Engine, Prepare
 
 AGAIN = "the same command"
 
 
+@dataclass(frozen=True)
+class Seat:
+    """What a run is part of, where it is not alone: a trial of a sweep."""
+
+    view: View
+    interrupt: Interrupt  # the sweep's way to stop it
+    source: str = ""  # checkpoint folder of another trial to begin from
+    export: bool = False
+
+
 def train(
-    run: Run, *, engine: Engine | None = None, prepare: Prepare | None = None, again: str = AGAIN
+    run: Run,
+    *,
+    engine: Engine | None = None,
+    prepare: Prepare | None = None,
+    again: str = AGAIN,
+    seat: Seat | None = None,
 ) -> RunRecord:
     """Train until the run is done, through failures; a done run is returned as it is.
 
@@ -27,26 +46,50 @@ def train(
         engine: what one worker executes; default rayft.compose.execute.execute.
         prepare: how data is tokenised; default rayft's own.
         again: the command that continues this run, for messages.
+        seat: for a trial of a sweep; default: a run of its own, on this terminal.
 
     Raises:
         ConfigError, DataError, InfeasibleError, DivergedError, StorageError: exit codes 2 to 6.
         InterruptedRun: stopped by a signal, saved; exit code 75.
+        InUseError: another driver has this run, or took it over.
         RayftError: failed for good.
     """
     refuse(run)
     trackers.installed(run.trackers)
     home = Storage.open(run.storage).child(run.name)
-    book = Book(home, run, view())
+    if seat is None:
+        book = Book(home, run, view())
+    else:
+        book = Book(home, run, seat.view, source=seat.source, export=seat.export)
     try:
         if book.done:
-            book.note(f"run {run.name} is done ({book.record.steps} steps): {home.shown()}")
-            return book.record
-        if book.record.attempts:
-            book.note(f"continuing run {run.name} ({book.record.status}): {home.shown()}")
-        with handling() as interrupt:
-            return _train(run, book, interrupt, engine, prepare or _prepare(), again)
+            return _done(book)
+        with handling() if seat is None else nullcontext(seat.interrupt) as interrupt:
+
+            def lost() -> None:
+                book.hand_over()
+                interrupt.stop()
+
+            with Lease.held(home, lost) as lease:
+                book.reread()  # another driver may have ended while this one began
+                if book.done:
+                    return _done(book)
+                if book.record.attempts:
+                    book.note(f"continuing run {run.name} ({book.record.status}): {home.shown()}")
+                try:
+                    return _train(run, book, interrupt, engine, prepare or _prepare(), again)
+                except InterruptedRun as error:
+                    if lease.lost:
+                        raise InUseError(f"another driver took over {home.shown()}") from error
+                    raise
     finally:
         book.close()
+
+
+def _done(book: Book) -> RunRecord:
+    record = book.record
+    book.note(f"run {record.name} is done ({record.steps} steps): {book.home.shown()}")
+    return record
 
 
 def _train(

@@ -65,7 +65,9 @@ class SweepTrial(Trainable):
                     asked = self._desk.enter.remote(self.trial_name, self._params, self._source)
                     self._host, self._source = ray.get(asked), None
                 told: Told = ray.get(self._host.next.remote(self.trial_name))
-                return self._result(told)
+                if told.standing != "moved":
+                    return self._result(told)
+                self._host = None
             except ray.exceptions.RayTaskError as error:  # refused; another try changes nothing
                 return self._result(Told(self.trial_name, 0, {}, "failed", said(error)))
             except ray.exceptions.RayActorError:
@@ -88,7 +90,8 @@ class SweepTrial(Trainable):
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Population-based training: go on from another trial's state, with this config."""
         if checkpoint and checkpoint["folder"]:
-            self._source, self._donor = checkpoint, checkpoint["trial"]
+            self._source = checkpoint
+            self._donor = checkpoint["trial"] if checkpoint["trial"] != self.trial_name else ""
             self._host = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -18,11 +18,11 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher, SearchGenerator
 
 from rayft.config.run import Run
-from rayft.config.space import perturbable
 from rayft.config.sweep import AshaSpec, MedianSpec, PbtSpec
+from rayft.config.sweep_rules import perturbable
 from rayft.runtime.failure import first_line
 from rayft.runtime.trial import SCORE, SweepTrial
 
@@ -171,6 +171,42 @@ class _Tell(_Here, tune.Callback):
         self._watcher.broke(str(trial), dict(trial.config), why)
 
 
+class _Drawn(_Here, SearchAlgorithm):
+    """The searcher, as Tune's schedulers all take it. Population-based training refuses Tune's own
+    wrapper, because a searcher that learns would be misled by settings that change later; those
+    that rayft lets stand there (random, grid: config/sweep_rules.py) do not learn."""
+
+    def __init__(self, drawn: SearchGenerator) -> None:
+        self._drawn = drawn
+
+    @property
+    def total_samples(self) -> int:
+        """See ray.tune.search.SearchAlgorithm."""
+        return self._drawn.total_samples
+
+    def add_configurations(self, experiments: Any) -> None:
+        """See ray.tune.search.SearchAlgorithm."""
+        self._drawn.add_configurations(experiments)
+
+    def next_trial(self) -> Any:
+        """See ray.tune.search.SearchAlgorithm."""
+        return self._drawn.next_trial()
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """See ray.tune.search.SearchAlgorithm."""
+        self._drawn.on_trial_result(trial_id, result)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """See ray.tune.search.SearchAlgorithm."""
+        self._drawn.on_trial_complete(trial_id, result, error)
+
+    def is_finished(self) -> bool:
+        """See ray.tune.search.SearchAlgorithm."""
+        return self._finished or self._drawn.is_finished()
+
+
 class Phase(threading.Thread):
     """Tuner.fit() beside the main thread, which shows progress and takes signals.
 
@@ -202,16 +238,16 @@ class Phase(threading.Thread):
         here = f"node:{ray.util.get_node_ip_address()}"
         place = tune.PlacementGroupFactory([{"CPU": 0, here: 0.001}])
         sweep = run.sweep
+        limited = ConcurrencyLimiter(searcher, max_concurrent=most)
         trainable = tune.with_resources(
             tune.with_parameters(SweepTrial, desk=desk, metric=sweep.metric, mode=sweep.mode), place
         )
         self._tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=searcher,
+                search_alg=_Drawn(SearchGenerator(limited)),
                 scheduler=how,
                 num_samples=count,
-                max_concurrent_trials=most,
                 reuse_actors=True,
                 trial_name_creator=_Names(name_of),
                 trial_dirname_creator=_Names(name_of),
@@ -222,6 +258,10 @@ class Phase(threading.Thread):
                 stop=_Stop(watcher.over),
                 callbacks=[_Tell(watcher)],
                 failure_config=tune.FailureConfig(max_failures=3),
+                # a pointer is made when population-based training asks for one, never else
+                checkpoint_config=tune.CheckpointConfig(
+                    checkpoint_frequency=0, checkpoint_at_end=False
+                ),
                 verbose=0,
             ),
         )

@@ -8,10 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from rayft.compose.assemble import Built, Parts, steps_of, train_stream
-from rayft.compose.commit import load_commit
 from rayft.compose.data import Corpus
 from rayft.compose.job import Job
-from rayft.compose.manifest import FOLDER, folder_name
 from rayft.compose.session import Session
 from rayft.config.run import Run
 from rayft.core.batch import Batch
@@ -134,16 +132,8 @@ def begin(slot: Slot, source: str | None, base: Mapping[str, float]) -> None:
 
 def _clone(slot: Slot, source: str) -> None:
     """The state of another trial's checkpoint, committed under this trial's name."""
-    where, _, name = source.rstrip("/").rpartition(f"/{FOLDER}/")
-    commit = load_commit(Storage.open(where), name)
-    slot.session.take(commit)
+    commit = slot.session.clone(source, slot.schedule)
     slot.charged = float(commit.extra(0).get("charged", 0.0))
-    progress = slot.session.progress
-    progress.best = None  # the donor's; this state is the best where it was evaluated
-    best = slot.schedule.evaluates(slot.step) and bool(progress.eval)
-    if best:
-        name = folder_name(slot.step, slot.session.job.attempt)
-        loss = progress.eval["eval_loss"]
-        progress.best = {"step": slot.step, "metric": loss, "checkpoint": name}
-    slot.lane.write(slot.hold(best))
+    best = slot.session.progress.best
+    slot.lane.write(slot.hold(best is not None))
     slot.lane.settle()

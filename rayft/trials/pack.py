@@ -209,6 +209,10 @@ class Pack:
     def step(self) -> list[Told]:
         """One optimizer step of every trial, then the evaluations that are due. A trial that ends
         has left its slot and its files are durable when it is told."""
+        # One that was cut off between its last commit and its end came back with nothing to do.
+        over = [slot for slot in self._slots.values() if slot.step >= slot.schedule.total]
+        if over:
+            return [self._finished(slot) for slot in over]
         slots, began = list(self._slots.values()), time.perf_counter()
         if not slots:
             return []
@@ -235,6 +239,11 @@ class Pack:
                 self._drop(slot, standing, keep=standing == "done", error=error)
             if slot in ended or slot in due:
                 told.append(Told(slot.trial, slot.step, slot.metrics(share), standing, error))
+        return told
+
+    def _finished(self, slot: Slot) -> Told:
+        told = Told(slot.trial, slot.step, slot.metrics(0.0), "done")
+        self._drop(slot, "done", keep=True)
         return told
 
     def _note(self, slot: Slot, stepped: Stepped, seconds: float) -> None:

@@ -7,7 +7,8 @@ from typing import Literal
 
 from rayft.core.errors import RayftError
 
-Standing = Literal["running", "done", "diverged", "failed"]
+Standing = Literal["running", "done", "diverged", "failed", "moved"]
+"""moved: it is committed and out; its client has to enter again."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from rayft.config.run import Run
 from rayft.config.schema import schema
 from rayft.config.shape import Place, every_field, place, under
 from rayft.config.source import dotted, dump, parse
+from rayft.config.sweep import Domain
 from rayft.core.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +112,8 @@ def of_type(kind: Any, bounds: dict[str, Any]) -> st.SearchStrategy[Any]:
     if origin is tuple:
         return st.tuples(*(of_type(a, {}) for a in arguments))
     if origin is dict:
-        return st.dictionaries(text({}), of_type(arguments[1], {}), max_size=2)
+        least = bounds.get("min_length", 0)
+        return st.dictionaries(text({}), of_type(arguments[1], {}), min_size=least, max_size=2)
     return scalar(kind, bounds)
 
 
@@ -136,6 +138,8 @@ def text(bounds: dict[str, Any]) -> st.SearchStrategy[str]:
 
 def instances(spec: type[Spec]) -> st.SearchStrategy[dict[str, Any]]:
     """Mappings that `spec` accepts; its own validators included."""
+    if spec is Domain:
+        return domains()
     fields = {
         name: st.just(info.default)
         if get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1
@@ -152,6 +156,19 @@ def instances(spec: type[Spec]) -> st.SearchStrategy[dict[str, Any]]:
         one = st.sampled_from([{"steps": None, "epochs": 1.5}, {"steps": 7, "epochs": None}])
         return st.builds(lambda a, b: a | b, whole, one)
     return whole
+
+
+def domains() -> st.SearchStrategy[dict[str, Any]]:
+    """One dimension of a sweep's space."""
+    ends = st.tuples(st.floats(1e-6, 1.0), st.floats(2.0, 1e6))
+    plain = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(-9, 9), text({}))
+    listed = st.lists(plain | st.lists(plain, max_size=2), min_size=1, max_size=3, unique_by=repr)
+    pairs = st.lists(
+        st.fixed_dictionaries({"a": plain, "b.0": plain}), min_size=1, max_size=3, unique_by=repr
+    )
+    kinds = {"choice": listed, "grid": listed, "uniform": ends, "loguniform": ends, "paired": pairs}
+    kinds["int"] = st.tuples(st.integers(-9, 3), st.integers(4, 10**12))
+    return st.one_of(*(st.fixed_dictionaries({kind: each}) for kind, each in kinds.items()))
 
 
 RELAXED = settings(

@@ -30,7 +30,8 @@ BASE = {
     "data": {
         "train": [{"path": "builtin:docstrings", "samples": 400}],
         "eval": [{"path": "builtin:docstrings", "split": "heldout", "samples": 16}],
-        "max_length": 48,
+        "max_length": 96,
+        "bad_rows": 0.2,
     },
     "optim": {"lr": 1e-3, "warmup": 0},
     "train": {"steps": 12, "global_batch": 4, "eval_every": 4, "eval_batch": 16},
@@ -62,7 +63,7 @@ def told(folder: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster(quiet):
-    with connected():
+    with connected(dashboard=True):  # without one, runs of their own are refused
         yield
 
 
@@ -149,7 +150,7 @@ def test_all_diverged_is_a_report_and_exit_5(tmp_path):
 
 def test_a_population_really_exploits(tmp_path):
     """The worst continue from the state of the best, with other settings."""
-    space = {"optim.lr": {"choice": [1e-7, 1e-7, 3e-3, 1e-2]}, "methods.0.rank": {"choice": [4, 8]}}
+    space = {"optim.lr": {"choice": [1e-7, 2e-7, 3e-3, 1e-2]}, "methods.0.rank": {"choice": [4, 8]}}
     block = {"trials": 4, "space": space, "scheduler": {"kind": "pbt", "quantile": 0.5}}
     run = load(config(tmp_path, block, train=BASE["train"] | {"steps": 24}))
     sweep(run)
@@ -205,12 +206,13 @@ def test_kill_9_of_the_driver_then_the_same_command(whole, tmp_path):
     """Finished trials stay finished, the others continue, and the numbers are those of a sweep
     that was never cut off. Meanwhile a second driver is refused."""
     folder, _, _ = whole
-    first = started(tmp_path, {"scheduler": "none"})
+    slow = {"scheduler": "none", "packs": 1, "slots": 1}  # how wide the packs are is free
+    first = started(tmp_path, slow)
     try:
         while not any(len(steps) == 3 for steps in told(tmp_path).values()):
             assert first.poll() is None, first.communicate()[0]
             time.sleep(0.2)
-        second = started(tmp_path, {"scheduler": "none"})
+        second = started(tmp_path, slow)
         said = second.communicate(timeout=60)[0]
         assert second.returncode != 0 and str(first.pid) in said
     finally:
@@ -255,9 +257,10 @@ def test_pack_off_gives_the_same_results(tmp_path):
     space = {"methods.0.rank": {"grid": [2, 4]}}
     block = {"space": space, "search": "grid", "scheduler": "none", "trials": None}
     short = BASE["train"] | {"steps": 8}
-    for name, pack in (("on", "auto"), ("off", "off")):
+    alone = {"pack": "off", "slots": None, "packs": None}
+    for name, pack in (("on", {}), ("off", alone)):
         (tmp_path / name).mkdir()
-        sweep(load(config(tmp_path / name, block | {"pack": pack}, train=short)))
+        sweep(load(config(tmp_path / name, block | pack, train=short)))
     on, off = told(tmp_path / "on"), told(tmp_path / "off")
     assert on.keys() == off.keys() and len(on) == 2
     for name, steps in on.items():

@@ -1,0 +1,66 @@
+"""Data to a Run, or one error that lists every mistake with its place."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import ValidationError
+
+from rayft.config import rules
+from rayft.config.mistakes import Mistake, sentences
+from rayft.config.run import Run
+from rayft.config.source import Source, split
+from rayft.core.errors import ConfigError
+
+LISTED = 8  # mistakes shown at once
+
+
+def validated(found: Source, wrong: list[Mistake]) -> Run:
+    """The Run that `found` is, all mistakes (those already known in `wrong`) at once.
+
+    Raises:
+        ConfigError: up to `LISTED` mistakes, each with its place.
+    """
+    try:
+        run = Run.model_validate(found.data)
+    except ValidationError as error:
+        known = {keys for keys, _ in wrong}
+        details = error.errors(include_url=False)
+        wrong = [*wrong, *(m for m in sentences(details, found.data) if m[0] not in known)]
+    if wrong:
+        raise refusal(found, wrong)
+    return run
+
+
+def ruled(found: Source, run: Run) -> Run:
+    """`run`, unless rules refuse it: then all of them, each with the place of its key.
+
+    Raises:
+        ConfigError: a pair of settings cannot work.
+    """
+    refused = rules.matching(run)
+    if refused:
+        told = [(split(rule.key), rule.sentence(run)) for rule in refused]
+        raise refusal(found, told, "reason to refuse")
+    return run
+
+
+def refusal(found: Source, wrong: list[Mistake], noun: str = "mistake") -> ConfigError:
+    """One error for all mistakes, in the order of the file."""
+
+    def order(mistake: Mistake) -> int:
+        number = re.search(r":(\d+)$", found.where(mistake[0]))
+        return int(number[1]) if number else 1 << 30
+
+    wrong = sorted(wrong, key=order)
+    names = any(" is not a key" in said or " is missing" in said for _, said in wrong)
+    fix = "`rayft check --schema` lists every key" if names else ""
+    if len(wrong) == 1:
+        keys, said = wrong[0]
+        return ConfigError(said, where=found.where(keys), fix=fix)
+    nouns = "reasons to refuse" if noun != "mistake" else "mistakes"
+    lines = [f"{len(wrong)} {nouns} in {found.name}"]
+    lines += [f"  {found.where(keys)}: {said}" for keys, said in wrong[:LISTED]]
+    if len(wrong) > LISTED:
+        lines.append(f"  ... and {len(wrong) - LISTED} more")
+    return ConfigError("\n".join(lines), fix=fix)

@@ -1,0 +1,207 @@
+"""One driver per folder: a lease in `driver.lease`, renewed while its holder lives.
+
+A lease names its holder and counts up every few seconds. A holder on this machine is looked for
+directly: dead, its lease is taken over at once. A holder elsewhere is dead when its counter stands
+still for longer than `PATIENCE`, measured by this process's monotonic clock: clocks of two machines
+are never compared. Storage offers no compare-and-swap, so a claim is written and read back: of
+several at once the last writer holds the lease, and everyone else sees its name there. Whoever is
+slower than the wait before reading back finds out at the next renewal, and is `lost`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rayft.core.errors import InUseError, StorageError
+from rayft.core.storage import Storage
+
+log = logging.getLogger(__name__)
+
+LEASE = "driver.lease"
+RENEW = 3.0  # seconds between two renewals
+PATIENCE = 30.0  # seconds without a renewal after which a holder elsewhere is dead
+SETTLE, FAR_SETTLE = 0.2, 1.0  # seconds between a claim and reading it back; on object stores
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease, as the file says."""
+
+    id: str  # of this claim, random
+    host: str  # for people
+    machine: str  # equal for processes that see each other's pids
+    pid: int
+    started: str  # when the process did, so that a pid used again is not taken for it
+    counter: int = 0
+
+    @staticmethod
+    def here() -> Holder:
+        """This process."""
+        pid = os.getpid()
+        return Holder(secrets.token_hex(8), socket.gethostname(), _machine(), pid, _started(pid))
+
+    @property
+    def alive(self) -> bool | None:
+        """Whether the process lives; None where that cannot be seen from here."""
+        if not self.machine or self.machine != _machine():
+            return None
+        return _started(self.pid) == self.started
+
+
+class Lease:
+    """A lease that this process holds."""
+
+    def __init__(self, storage: Storage, holder: Holder, on_lost: Callable[[], None]) -> None:
+        self._storage, self._holder, self._on_lost = storage, holder, on_lost
+        self._lost, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    @staticmethod
+    @contextmanager
+    def held(storage: Storage, on_lost: Callable[[], None] = lambda: None) -> Iterator[Lease]:
+        """Hold the lease of the folder `storage` inside the block.
+
+        Args:
+            on_lost: called once, from the renewing thread, when another driver has taken over.
+
+        Raises:
+            InUseError: another driver has it; names its host and pid.
+            StorageError: it cannot be read or written.
+        """
+        lease = Lease(storage, _claim(storage), on_lost)
+        lease._thread.start()
+        try:
+            yield lease
+        finally:
+            lease._release()
+
+    @property
+    def lost(self) -> bool:
+        """Another driver has taken over: stop, and write nothing more."""
+        return self._lost.is_set()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEW):
+            try:
+                now = _read(self._storage)
+                if self._ended.is_set():
+                    return
+                if now is None or now.id != self._holder.id:
+                    # Gone means that another driver has taken over and ended since.
+                    log.warning("another driver took over: %s", _named(now))
+                    self._lost.set()
+                    self._on_lost()
+                    return
+                self._holder = replace(self._holder, counter=self._holder.counter + 1)
+                _write(self._storage, self._holder)
+            except StorageError as error:  # while storage is away nobody else can take over either
+                log.warning("the lease could not be renewed: %s", error.what)
+
+    def _release(self) -> None:
+        self._ended.set()
+        self._thread.join(RENEW)
+        with suppress(StorageError):  # what stays behind is taken over: this process is gone then
+            now = _read(self._storage)
+            if now is not None and now.id == self._holder.id:
+                self._storage.delete(LEASE)
+                _leave_no_folder(self._storage)
+
+
+def _claim(storage: Storage) -> Holder:
+    """Take the lease.
+
+    Raises:
+        InUseError: somebody has it, or was faster.
+    """
+    now = _read(storage)
+    if now is not None and not _dead(storage, now):
+        raise _taken(storage, now)
+    mine = Holder.here()
+    _write(storage, mine)
+    time.sleep(SETTLE if storage.is_local else FAR_SETTLE)
+    now = _read(storage)
+    if now is None or now.id != mine.id:
+        raise _taken(storage, now)
+    return mine
+
+
+def _dead(storage: Storage, seen: Holder) -> bool:
+    """Whether nobody renews the lease any more; takes `PATIENCE` for a holder elsewhere."""
+    if seen.alive is not None:
+        return not seen.alive
+    log.warning(
+        "%s is held by %s; waiting %.0f s to see whether it still lives",
+        storage.shown(),
+        _named(seen),
+        PATIENCE,
+    )
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        time.sleep(min(1.0, PATIENCE / 10))
+        now = _read(storage)
+        if now is None:
+            return True
+        if (now.id, now.counter) != (seen.id, seen.counter):
+            return False
+    return True
+
+
+def _taken(storage: Storage, now: Holder | None) -> InUseError:
+    return InUseError(
+        f"{storage.shown()} has another driver: {_named(now)}",
+        fix="wait for it or stop it; or choose another name",
+    )
+
+
+def _named(holder: Holder | None) -> str:
+    return f"process {holder.pid} on {holder.host}" if holder else "it has ended since"
+
+
+def _read(storage: Storage) -> Holder | None:
+    try:
+        return Holder(**json.loads(storage.read_text(LEASE)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):  # of another version, or damaged: it names nobody to wait for
+        return None
+
+
+def _write(storage: Storage, holder: Holder) -> None:
+    storage.write_text(LEASE, json.dumps(asdict(holder)) + "\n")
+
+
+def _leave_no_folder(storage: Storage) -> None:
+    """A run that was refused before it wrote anything leaves no empty folder."""
+    folder = storage.local_path()
+    if folder is not None:
+        with suppress(OSError):  # not empty, as a rule
+            folder.rmdir()
+
+
+def _machine() -> str:
+    """Of the pid namespace this process lives in; "" where the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """When the process began, in ticks since boot; "" when there is none, or it is a zombie."""
+    try:
+        # pid (name) state ppid ...; the name may hold spaces and brackets
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]

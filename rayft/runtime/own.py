@@ -1,0 +1,175 @@
+"""A trial that cannot share a base: a Ray Train run of its own, told like a packed one.
+
+Ray's bridge from Train to Tune (TuneReportCallback) passes metrics but no checkpoint of Tune's, so
+population-based training silently does nothing with it. rayft's own: the run is what `rayft train`
+does, in a thread; its events, which a named actor carries from the workers, become reports; the
+pointer that Tune gets is the address of a committed checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+from rayft.compose.job import Prepared
+from rayft.config.run import Run
+from rayft.core.errors import DivergedError, InterruptedRun, RayftError
+from rayft.core.record import RunRecord
+from rayft.core.storage import Storage
+from rayft.runtime.interrupt import Interrupt
+from rayft.runtime.train import Seat, train
+from rayft.trials.types import Standing, Told
+
+LEAVE = 30.0  # seconds that the workers get to go
+COMMIT = 120.0  # seconds that a commit may take after its evaluation was told
+
+
+class OwnSeat:
+    """Starts, or continues, the run at once.
+
+    Args:
+        run: of the trial.
+        prepared: its tokenised data.
+        source: checkpoint folder of another trial to begin from, with this one's settings.
+        divergence: a held-out loss above this times the base model's ends the trial.
+    """
+
+    def __init__(
+        self, run: Run, prepared: Prepared, *, source: str | None, divergence: float
+    ) -> None:
+        self._run, self._prepared = run, prepared
+        self._home = Storage.open(run.storage).child(run.name)
+        self._interrupt = Interrupt()
+        self._told: queue.SimpleQueue[Told] = queue.SimpleQueue()
+        self._last: Told | None = None  # once it is over
+        self._relay = _Relay(run, self._told.put, self._diverge, divergence)
+        self._diverged = ""
+        if source:
+            self._home.delete("run.json")  # that of the trial before it took other settings
+        self._thread = threading.Thread(
+            target=self._work, args=(source or "",), name=f"run-{run.name}", daemon=True
+        )
+        self._thread.start()
+
+    def next(self) -> Told:
+        """Wait for the next report; the last one again and again once it is over."""
+        if self._last is None:
+            told = self._told.get()
+            if told.standing == "running":
+                return told
+            self._last = told
+        return self._last
+
+    def save(self) -> str:
+        """The address of a commit at, or after, the last report that was told.
+
+        Raises:
+            RayftError: it does not come.
+        """
+        from rayft.compose.commit import find_commit
+        from rayft.compose.manifest import FOLDER
+
+        end = time.monotonic() + COMMIT
+        while time.monotonic() < end:
+            found = find_commit(self._home, set_bad_aside=False)
+            if found is not None and found.step >= self._relay.told:
+                return self._home.child(FOLDER, found.name).uri
+            time.sleep(0.2)
+        raise RayftError(f"{self._run.name} has no commit at step {self._relay.told}")
+
+    def leave(self, *, keep: bool) -> None:
+        """Stop the run, if it still runs; its workers are gone on return. Without `keep` its
+        checkpoints go; metrics and run.json stay."""
+        self._interrupt.stop()
+        self._thread.join(LEAVE)
+        if not keep:
+            for folder in ("checkpoints", "export"):
+                self._home.delete(folder)
+
+    # ---- the run's thread
+
+    def _work(self, source: str) -> None:
+        standing, error = "done", ""
+        try:
+            seat = Seat(self._relay, self._interrupt, source)
+            train(self._run, prepare=lambda run, mapper: self._prepared, seat=seat)
+        except DivergedError as problem:
+            standing, error = "diverged", problem.what
+        except InterruptedRun:
+            standing, error = ("diverged", self._diverged) if self._diverged else ("failed", "left")
+            if self._diverged:
+                self._rewrite(self._diverged)
+        except Exception as problem:  # the sweep goes on without this trial, and says why
+            text = problem.what if isinstance(problem, RayftError) else str(problem)
+            standing, error = "failed", f"{type(problem).__name__}: {text}"
+        self._told.put(self._relay.end(standing, error))
+
+    def _diverge(self, why: str) -> None:
+        self._diverged = why
+        self._interrupt.stop()
+
+    def _rewrite(self, why: str) -> None:
+        record = RunRecord.from_json(self._home.read_text("run.json"))
+        self._home.write_text("run.json", replace(record, status="diverged", error=why).to_json())
+
+
+class _Relay:
+    """The run's View: events in, reports out."""
+
+    def __init__(self, run: Run, tell: Any, diverge: Any, divergence: float) -> None:
+        self._run, self._tell, self._diverge, self._limit = run, tell, diverge, divergence
+        self._metrics: dict[str, float] = {}
+        self._base: float | None = None
+        self._step = 0
+        self.told = 0  # step of the last report
+        workers = run.scale.workers
+        self._workers = workers[1] if isinstance(workers, tuple) else workers
+
+    def show(self, event: dict[str, Any]) -> None:
+        """See runtime.progress.View."""
+        kind = event["kind"]
+        if kind in ("start", "step", "eval"):
+            self._step = int(event["step"])
+        if kind == "start":
+            self._metrics["params_trainable"] = float(event["params_trainable"])
+        elif kind == "step":
+            taken = ("loss", "tokens", "memory")
+            self._metrics |= {name: float(event[name]) for name in taken if name in event}
+        elif kind == "eval":
+            self._evaluated(event)
+
+    def close(self) -> None:
+        """Nothing to restore."""
+
+    def end(self, standing: Standing, error: str) -> Told:
+        """The last report."""
+        return Told(self._run.name, self._step, dict(self._metrics), standing, error)
+
+    def _evaluated(self, event: dict[str, Any]) -> None:
+        found = {name: float(v) for name, v in event.items() if name.startswith("eval_")}
+        if self._step == 0:
+            self._base = found["eval_loss"]
+        if self._base is None:  # continued: the record knows
+            self._base = self._known_base()
+        self._metrics |= found
+        self._metrics["seconds"] = float(event["seconds"]) * max(self._workers, 1)
+        self._metrics["base_loss"] = self._base
+        loss = found["eval_loss"]
+        if not (math.isfinite(loss) and loss <= self._limit * self._base):
+            self._diverge(f"held-out loss {loss:.4g}, the base model has {self._base:.4g}")
+        elif 0 < self._step < int(event["steps"]):  # the last one is told with the end
+            self.told = self._step
+            self._tell(Told(self._run.name, self._step, dict(self._metrics)))
+
+    def _known_base(self) -> float:
+        """Of the line of step 0; infinite for a clone, whose donor was evaluated."""
+        from rayft.core.jsonl import read_jsonl
+
+        home = Storage.open(self._run.storage).child(self._run.name)
+        rows = read_jsonl(home, "metrics.jsonl")
+        first = (r["eval_loss"] for r in rows if r.get("split") == "eval" and r["step"] == 0)
+        return float(next(first, math.inf))

@@ -1,0 +1,76 @@
+"""Which trials may share a frozen base, and how many fit in a pack. Config only, no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rayft.config.methods import LoraSpec
+from rayft.config.objectives import LmSpec, SftSpec
+from rayft.config.run import Run
+from rayft.config.strategies import DdpSpec
+
+FREE = {
+    "methods.0": ("rank", "alpha", "dropout", "rslora", "dora", "lr_ratio"),
+    "optim": None,
+    "train": None,
+    "seed": None,
+    "name": None,
+    "storage": None,
+    "scale": None,
+    "trackers": None,
+    "sweep": None,
+    "data": ("cache",),
+}
+"""What trials of one pack may differ in; None: all of that section, less `SHARED`."""
+SHARED = {"train": ("gradient_checkpointing", "precision"), "optim": ("kind",)}
+"""Fields of a free section that hold for the whole pack."""
+
+
+def why_alone(run: Run) -> str:
+    """ "" when the run can be a trial of a pack; else the reason, one clause."""
+    methods = run.methods
+    if len(methods) != 1 or not isinstance(methods[0], LoraSpec):
+        return f"methods: {', '.join(method.kind for method in methods)} is not one lora"
+    if not isinstance(run.objective, SftSpec | LmSpec):
+        return f"objective {run.objective.kind} needs more than the trial's own rows"
+    if run.penalties:
+        return "penalties look at weights that a pack shares"
+    if run.scale.workers != 1:
+        return f"scale.workers is {run.scale.workers}"
+    if not isinstance(run.strategy, DdpSpec):
+        return f"strategy is {run.strategy.kind}"
+    if run.optim.kind != "adamw":
+        return f"optim.kind is {run.optim.kind}"
+    if run.train.gradient_checkpointing and methods[0].dropout:
+        return "gradient checkpointing would draw other dropout masks"
+    return ""
+
+
+def pack_key(run: Run) -> str:
+    """Equal exactly for runs that may share a pack."""
+    data = run.resolved()
+    for section, names in FREE.items():
+        *path, last = section.split(".")
+        holder: Any = data
+        for key in path:
+            holder = holder[key]
+        if last.isdigit():
+            holder = holder[int(last)]
+        elif names is None and section in SHARED:
+            holder[last] = {name: holder[last][name] for name in SHARED[section]}
+            continue
+        elif names is None:
+            holder.pop(last)
+            continue
+        else:
+            holder = holder[last]
+        for name in names or ():
+            holder.pop(name)
+    return json.dumps(data, sort_keys=True)
+
+
+def default_slots(gpu: bool) -> int:
+    """Trials per pack: on a GPU width pays until the step is compute-bound; on one CPU core it
+    hardly pays, and fewer trials at a time let early stopping and the searcher know more."""
+    return 16 if gpu else 2

@@ -1,0 +1,96 @@
+"""One driver per run: a second one is refused, one that was taken over writes nothing more."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from rayft.core.lease import LEASE, Holder
+
+pytestmark = pytest.mark.timeout(120)
+DRIVER = str(Path(__file__).parent / "driver.py")
+LONG = {
+    "scale": {"workers": 0, "gpus": 0},
+    "train": {"steps": 4000, "save_every": 2},
+}
+
+
+@pytest.fixture
+def start(quiet):
+    running = []
+
+    def begin(run):
+        command = [sys.executable, DRIVER, run.model_dump_json()]
+        pipe = subprocess.PIPE
+        running.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True))
+        return running[-1]
+
+    yield begin
+    for driver in running:
+        driver.kill()
+        driver.wait()
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def committed(run):
+    path = Path(run.storage) / "work/step"
+    return int(path.read_text()) if path.exists() else 0
+
+
+def record(run):
+    return json.loads((Path(run.storage) / run.name / "run.json").read_text())
+
+
+def test_a_second_driver_is_refused_and_follows_a_killed_one(a_run, start):
+    run = a_run(**LONG)
+    first = start(run)
+    until(lambda: committed(run) >= 2)
+    second = start(run)
+    _, said = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert f"already running: {run.storage}/r has another driver: process {first.pid} on" in said
+    assert len(said.splitlines()) == 2 and first.poll() is None
+    assert record(run)["attempts"] == 1
+
+    first.kill()
+    first.wait()
+    (Path(run.storage) / "work/step").write_text("3996")
+    third = start(run)
+    assert third.communicate(timeout=60)[0].strip() == "done"
+    assert record(run)["attempts"] == 2
+    assert not (Path(run.storage) / "r" / LEASE).exists()
+
+
+def test_a_driver_that_was_taken_over_stops_and_writes_nothing_more(a_run, start):
+    run = a_run(**LONG)
+    first = start(run)
+    until(lambda: committed(run) >= 2)
+    home = Path(run.storage) / "r"
+    (home / LEASE).write_text(json.dumps(asdict(replace(Holder.here(), pid=os.getpid()))))
+    _, said = first.communicate(timeout=60)
+    assert first.returncode == 1 and f"another driver took over {home}" in said
+    assert record(run)["status"] == "running"  # what the other one's record says is its business
+    assert (home / LEASE).exists()
+
+
+def test_a_signal_gives_the_lease_back(a_run, start):
+    run = a_run(**LONG)
+    first = start(run)
+    until(lambda: committed(run) >= 2)
+    assert (Path(run.storage) / "r" / LEASE).exists()
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    assert first.returncode == 75
+    assert not (Path(run.storage) / "r" / LEASE).exists()
