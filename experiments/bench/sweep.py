@@ -59,7 +59,6 @@ def config(args: argparse.Namespace, folder: Path, pack: str) -> dict[str, Any]:
             "global_batch": 8,
             "micro_batch": 8,
             "eval_every": 10,
-            "eval_batch": 32,
         },
         "scale": {"workers": 1, "gpus": 0, "cpus": 1},
         "storage": str(folder / pack),
