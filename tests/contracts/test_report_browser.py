@@ -44,7 +44,7 @@ def test_all_charts_are_drawn_and_follow_the_reader(tmp_path: Path) -> None:
         assert await browser.ask("document.querySelectorAll('#strip .point').length") >= 35
         light = await browser.ask(INK)
         await browser.dark(True)
-        dark = await browser.ask(f"new Promise(r => setTimeout(() => r({INK}), 0))")
+        dark = await browser.ask(INK)
         assert light == "rgb(99, 104, 109)" and dark == "rgb(162, 166, 171)"
         await browser.ask(CLICK.format(9))  # engine time
         first = await browser.ask(COLUMN.format(9))
@@ -70,6 +70,7 @@ def test_a_phone_and_paper(tmp_path: Path) -> None:
         ink, width, text = await browser.ask("window.paper")
         assert (ink, text) == ("rgb(99, 104, 109)", "rgb(27, 29, 31)"), "printed dark on white"
         assert 390 < width <= 700
+        await browser.frame()
         assert await browser.ask(INK) == "rgb(162, 166, 171)", "and dark again on the screen"
 
     visit(tmp_path, 20, steps)
