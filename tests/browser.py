@@ -133,6 +133,11 @@ class Browser:
         value = "dark" if on else "light"
         feature = {"name": "prefers-color-scheme", "value": value}
         await self.call("Emulation.setEmulatedMedia", features=[feature])
+        await self.frame()
+
+    async def frame(self) -> None:
+        """Two frames later: what the page does upon a change is done."""
+        await self.ask("new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
 
     async def picture(self) -> bytes:
         """The whole page as a PNG."""

@@ -26,6 +26,7 @@ from rayft.core.ledger import Ledger
 from rayft.core.storage import Storage
 from rayft.report import build, write_report
 from rayft.report.facts import read_facts
+from rayft.report.page import page
 from tests.ledgers import BASE, write_sweep
 from tests.webpage import Reader
 
@@ -139,8 +140,9 @@ def test_what_users_write_stays_text(tmp_path: Path) -> None:
     assert "<" not in told, "no tag can end the script"
     shown = re.findall(r'[^"]*revision [^"]*', told)
     assert shown and all("<img" not in text and "\\u003cimg" not in text for text in shown)
-    levels = next(f for f in page.figures if f["id"] == "slice-0")["figure"]["layout"]["xaxis"]
-    assert not [t for t in levels["ticktext"] if t.startswith("@") or "<" in t]
+    axes = [figure["figure"]["layout"].get("xaxis", {}) for figure in page.figures]
+    texts = [text for axis in axes for text in axis.get("ticktext", ())]
+    assert "&#64;ink" in texts and not [t for t in texts if t.startswith("@") or "<" in t]
 
 
 def test_the_table_comes_back_as_it_was_and_starts_no_formula(tmp_path: Path) -> None:
@@ -250,6 +252,12 @@ def test_the_command_names_its_files_or_what_is_wrong(
     home.write_text("sweep.json", '{"name": "torn')
     assert cli.main(["report", home.uri]) == 6
     assert "is not a sweep record" in capsys.readouterr().err
+
+
+def test_a_sweep_in_a_bucket_is_retrained_from_a_copy(tmp_path: Path) -> None:
+    text = Reader(page(read_facts(write_sweep(tmp_path, 3)), "s3://bucket/my sweep")).text
+    assert "rayft export 's3://bucket/my sweep/best' --merge" in text
+    assert "from a copy of best/config.yaml rayft train config.yaml" in text
 
 
 def test_a_report_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
