@@ -121,7 +121,11 @@ def facts(record: SweepRecord, book: Book, files: frozenset[str] = frozenset()) 
         base=_base(record, every),
         median=_median(rows, sign),
         spread=_spread(again),
-        saved=savings(book, lambda trial: planned(record, spec, book, trial)),
+        saved=savings(
+            book,
+            lambda trial: planned(record, spec, book, trial),
+            record.config.get("train", {}).get("eval_every"),
+        ),
         files=files,
     )
 

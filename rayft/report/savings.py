@@ -1,8 +1,10 @@
 """What stopping trials early and packing them saved, in engine seconds, against each alone.
 
 For a trial i: T_i the steps it was meant to take, n_i the steps it took, s the seconds a run of its
-own spends before its first step, a the seconds of one step by itself. Both are measured by the
-packs (`start_seconds`, `alone_step_seconds`); of trials in several packs, by the one it ran in.
+own spends before its first step (libraries, model, data, base evaluation), a the seconds of one
+step by itself with its share of an evaluation. They are measured by the packs (`start_seconds`,
+`alone_step_seconds` + `alone_eval_seconds` / steps between evaluations); of trials in several
+packs, by the one it ran in.
 
     alone    = sum over i of (s + T_i a)
     stopping = sum over stopped and diverged i of (T_i - n_i) a
@@ -12,8 +14,8 @@ packs (`start_seconds`, `alone_step_seconds`); of trials in several packs, by th
 so packing is what (s + n_i a) would have cost, less what was spent, the packs' own starts included.
 A trial that ran on its own is charged what it took: it saves by stopping only, with a = c_i / n_i
 and s = 0. For a trial that failed or still runs T_i = n_i: nothing is claimed for it. The
-optimizer's part and evaluations are in c_i but not in a, so `packing` is too small, not too large.
-Nothing is clipped: a negative number means that it cost.
+optimizer's part is in c_i but not in a, so `packing` is too small, not too large. Nothing is
+clipped: a negative number means that it cost.
 """
 
 from __future__ import annotations
@@ -46,17 +48,20 @@ class Savings:
     packed: int  # of these
 
 
-def savings(book: Book, planned: Callable[[Trial], int | None]) -> Savings | None:
+def savings(
+    book: Book, planned: Callable[[Trial], int | None], every: int | None = None
+) -> Savings | None:
     """The arithmetic above; None before any trial has told its engine seconds.
 
     Args:
         planned: T_i; None where nobody knows, then n_i.
+        every: steps between evaluations; None: there are none on the way.
     """
     told = [trial for trial in book.trials.values() if charged(trial) is not None]
     if not told:
         return None
     starts = [s for pack in book.packs.values() if (s := _number(pack, "start_seconds"))]
-    steps = [a for pack in book.packs.values() if (a := _number(pack, "alone_step_seconds"))]
+    steps = [a for pack in book.packs.values() if (a := _step(pack, every))]
     start = statistics.fmean(starts) if starts else 0.0
     step = statistics.median(steps) if steps else 0.0
     inside = _packed(told, step)
@@ -68,7 +73,7 @@ def savings(book: Book, planned: Callable[[Trial], int | None]) -> Savings | Non
         left = goal - trial.step if trial.status in CUT else 0
         pack = book.packs.get(trial.pack, {})
         s = (_number(pack, "start_seconds") or start) if trial.id in inside else 0.0
-        a = _number(pack, "alone_step_seconds") or step
+        a = _step(pack, every) or step
         if trial.id not in inside:
             a = (charged(trial) or 0.0) / max(trial.step, 1)
         alone += s + (trial.step + left) * a
@@ -95,6 +100,11 @@ def _packed(trials: Iterable[Trial], step: float) -> set[str]:
         return set()
     named = {trial.id for trial in listed if trial.pack}
     return named or {trial.id for trial in listed}
+
+
+def _step(pack: Mapping[str, Any], every: int | None) -> float:
+    step, evaluation = _number(pack, "alone_step_seconds"), _number(pack, "alone_eval_seconds")
+    return step + (evaluation / every if step and every else 0.0)
 
 
 def _number(pack: Mapping[str, Any], name: str) -> float:

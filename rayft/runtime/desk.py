@@ -35,6 +35,7 @@ class Desk:
         self._floor = floor
         self._base = Run.model_validate(floor.config)
         self._packs: list[Pack] = []
+        self._data: Prepared | None = None
         self._where: dict[str, Pack | Any] = {}  # trial -> Pack, or the handle of its own host
         self._origin: dict[str, dict[str, Any]] = {}
         self._deaths: dict[str, int] = {}
@@ -44,10 +45,14 @@ class Desk:
         self._own = asyncio.Semaphore(floor.alone)
         self._stopping = False
 
-    async def open(self) -> None:
-        """Start the processes of all packs; they load torch while trials are still drawn."""
-        if self._base.sweep and self._base.sweep.pack == "auto":
-            self._packs = [self._new(f"pack-{index}") for index in range(self._floor.packs)]
+    async def open(self) -> list[Any]:
+        """Start the processes of all packs; they load torch while the data is still prepared."""
+        self._packs = [self._new(f"pack-{index}") for index in range(self._floor.packs)]
+        return [pack.host for pack in self._packs]
+
+    async def begin(self, prepared: Prepared) -> None:
+        """The tokenised data of the sweep's own data section; trials may enter."""
+        self._data = prepared
 
     async def enter(self, trial: str, params: dict[str, Any], source: dict[str, Any] | None) -> Any:
         """Wait for a place; the handle of the host that trains `trial` from now on.
@@ -65,7 +70,7 @@ class Desk:
         run = applied(self._base, params, name=trial, storage=home)
         folder = source["folder"] if source and other else None
         if self._base.sweep.pack == "off" or why_alone(run):
-            return await self._alone(trial, run, folder)
+            return await self._alone(trial, run, folder), ""
         return await self._packed(trial, run, folder)
 
     async def leave(self, trial: str, keep: bool) -> None:
@@ -131,7 +136,7 @@ class Desk:
         host = PackHost.options(**options).remote(floor.cwd, threads, floor.gpus > 0)
         return Pack(name, host)
 
-    async def _packed(self, trial: str, run: Run, source: str | None) -> Any:
+    async def _packed(self, trial: str, run: Run, source: str | None) -> tuple[Any, str]:
         while True:
             pack = await self._slot(trial, run)
             self._where[trial] = pack
@@ -139,7 +144,7 @@ class Desk:
             try:
                 await self._open_for(pack, run)
                 await pack.host.join.remote(await self._job(run), source)
-                return pack.host
+                return pack.host, f"{pack.name}.{self._floor.start}"
             except ray.exceptions.RayActorError:
                 await self.lost(trial)
             except ray.exceptions.RayTaskError as error:
@@ -228,7 +233,7 @@ class Desk:
     async def _prepared(self, run: Run) -> Prepared:
         """The tokenised data of a trial: the sweep's own, unless the space changes what is read."""
         if _reads(run) == _reads(self._base):
-            return self._floor.prepared
+            return self._data
         return await prepare_elsewhere.remote(run.resolved(), self._floor.cwd)
 
     async def _free(self, trial: str, *, keep: bool, told: bool) -> None:

@@ -18,7 +18,6 @@ class Floor:
 
     config: dict[str, Any]  # Run.resolved() of the sweep
     home: str  # address of the sweep's folder
-    prepared: Prepared  # of the sweep's own data section
     packs: int  # at most
     slots: int
     alone: int  # runs of their own at the same time

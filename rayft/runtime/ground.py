@@ -3,103 +3,112 @@ first trial."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from rayft.compose.job import Prepared
 from rayft.config.run import Run
 from rayft.core.errors import DataError
 from rayft.core.storage import Storage
 from rayft.runtime import preflight
+from rayft.runtime.book import versions
 from rayft.runtime.cluster import connected, hardware, nodes, passed_on
+from rayft.runtime.desk import Desk
 from rayft.runtime.floor import Floor
 from rayft.runtime.interrupt import Interrupt
 from rayft.runtime.room import reasons_alone, room_for
-from rayft.runtime.spread import over_ray
+from rayft.runtime.spread import over_hosts, over_ray
 from rayft.runtime.sweepbook import SweepBook
 from rayft.runtime.sweepview import SweepView
+from rayft.runtime.tuning import WAITING, warm_trials
 from rayft.runtime.types import Mapper
+
+CLOSE = 60.0  # seconds that hosts get to commit and go
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A desk that gives places, and how many trials can train at the same time."""
+
+    desk: Any
+    at_once: int
 
 
 @contextmanager
-def ground(
-    run: Run, book: SweepBook, view: SweepView, interrupt: Interrupt
-) -> Iterator[tuple[Floor, int]]:
-    """The floor, and how many trials can train on it at the same time.
+def ground(run: Run, book: SweepBook, view: SweepView, interrupt: Interrupt) -> Iterator[Ground]:
+    """The processes of packs and trials start while the data is found, or tokenised in them.
 
     Raises:
-        InfeasibleError, StorageError, DataError: nothing has started.
+        InfeasibleError, StorageError, DataError: the sweep has not begun.
     """
-    ready = threading.Event()
-    # Data that is in the cache, or small, is found while Ray starts; the rest waits for its tasks.
-    data = _Beside(lambda: _prepare(run, _once(ready, over_ray(interrupt))))
+    data = _Data(run, interrupt)
     address = os.environ.get("RAY_ADDRESS")
-    view.note(f"joining Ray at {address}" if address else "starting Ray on this machine")
+    if not ray.is_initialized():
+        view.note(f"joining Ray at {address}" if address else "starting Ray on this machine")
     with connected(dashboard=bool(reasons_alone(run)[1])):
         interrupt.arm()  # ray.init installs a SIGTERM handler that ends the process
         interrupt.check()
         living = nodes()
         room = room_for(run, living)
         preflight.storage_everywhere(book.home, living)
-        ready.set()
-        prepared = data.result(interrupt)
-        before = book.record.data_hash
-        if before and before != prepared.hash:
-            raise DataError(
-                f"the data changed since sweep {run.name} began",
-                where="data.train, data.eval",
-                fix="put the data back to continue, or choose another name",
-            )
-        interrupt.check()
         facts = hardware()
-        book.begin(data_hash=prepared.hash, data=prepared.stats, hardware=facts, error="")
-        view.note(room.sentence)
-        yield (
-            Floor(
-                config=run.resolved() | {"storage": Storage.open(run.storage).uri},
-                home=book.home.uri,
-                prepared=prepared,
-                packs=room.packs,
-                slots=room.slots,
-                alone=room.alone,
-                cpus=run.scale.cpus,
-                gpus=room.gpus,
-                start=book.record.starts,
-                cwd=str(Path.cwd()),
-                environment=passed_on() if address else {},
-                facts={"versions": book.record.versions, "hardware": facts},
-            ),
-            room.at_once,
+        floor = Floor(
+            config=run.resolved() | {"storage": Storage.open(run.storage).uri},
+            home=book.home.uri,
+            packs=room.packs,
+            slots=room.slots,
+            alone=room.alone,
+            cpus=run.scale.cpus,
+            gpus=room.gpus,
+            start=book.record.starts + 1,
+            cwd=str(Path.cwd()),
+            environment=passed_on() if address else {},
+            facts={"versions": versions(), "hardware": facts},
         )
+        desk = Desk.options(name=f"rayft-{run.name}-desk-{os.getpid()}").remote(floor)
+        try:
+            hosts = ray.get(desk.open.remote())
+            warm_trials(min(run.sweep.count, room.at_once + WAITING))
+            prepared = data.on(hosts)
+            before = book.record.data_hash
+            if before and before != prepared.hash:
+                raise DataError(
+                    f"the data changed since sweep {run.name} began",
+                    where="data.train, data.eval",
+                    fix="put the data back to continue, or choose another name",
+                )
+            interrupt.check()
+            book.begin(data_hash=prepared.hash, data=prepared.stats, hardware=facts, error="")
+            ray.get(desk.begin.remote(prepared))
+            view.note(room.sentence)
+            yield Ground(desk, room.at_once)
+        finally:
+            close(desk)
 
 
-def _prepare(run: Run, mapper: Mapper) -> Prepared:
-    from rayft.compose.data import prepare_data  # torch and transformers: seconds
-
-    return prepare_data(run, mapper)
-
-
-def _once(ready: threading.Event, mapper: Mapper) -> Mapper:
-    """`mapper`, for one item at once, for more when Ray is there."""
-
-    def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        if len(items) > 1:
-            ready.wait()
-        return mapper(function, items)
-
-    return spread
+def close(desk: Any) -> None:
+    """Let hosts commit and go; what does not answer in time goes with the desk that owns it."""
+    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+        ray.get(desk.close.remote(), timeout=CLOSE)
+    ray.kill(desk)
 
 
-class _Beside(threading.Thread):
-    """A function beside the main thread."""
+class _Data(threading.Thread):
+    """Data that is in the cache, or small, is found while Ray starts; the rest waits for hosts."""
 
-    def __init__(self, function: Callable[[], Prepared]) -> None:
+    def __init__(self, run: Run, interrupt: Interrupt) -> None:
         super().__init__(name="rayft-data", daemon=True)
-        self._function = function
+        self._run, self._interrupt = run, interrupt
+        self._ready = threading.Event()
+        self._mapper: Mapper = over_ray(interrupt)
         self._error: BaseException | None = None
         self._value: Prepared | None = None
         self.start()
@@ -107,15 +116,25 @@ class _Beside(threading.Thread):
     def run(self) -> None:
         """Keeps the value or the error."""
         try:
-            self._value = self._function()
+            from rayft.compose.data import prepare_data  # torch and transformers: seconds
+
+            self._value = prepare_data(self._run, self._spread)
         except BaseException as error:  # the main thread raises it
             self._error = error
 
-    def result(self, interrupt: Interrupt) -> Prepared:
-        """Wait for the value; raises what the function raised, or InterruptedRun."""
+    def _spread(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        if len(items) > 1:
+            self._ready.wait()
+        return self._mapper(function, items)
+
+    def on(self, hosts: Sequence[Any]) -> Prepared:
+        """Wait for the data; `hosts` may do the work. Raises what went wrong, or InterruptedRun."""
+        if hosts:
+            self._mapper = over_hosts(hosts, self._interrupt)
+        self._ready.set()
         while self.is_alive():
             self.join(0.1)
-            interrupt.check()
+            self._interrupt.check()
         if self._error is not None:
             raise self._error
         return self._value

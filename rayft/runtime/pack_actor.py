@@ -10,6 +10,7 @@ import asyncio
 import os
 import queue
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class PackHost:
         )
         self._threads, self._gpu = threads, gpu
         self._pack: Any = None
+        self._imported = 0.0  # seconds
         threading.Thread(target=self._work, name="pack", daemon=True).start()
 
     # ---- asked from outside
@@ -100,8 +102,15 @@ class PackHost:
         return await self._ask(lambda: self._pack.commit(trial))
 
     async def stats(self) -> dict[str, float]:
-        """How full and how fast; {} before a pack is open."""
-        return await self._ask(lambda: self._pack.stats() if self._pack else {})
+        """How full and how fast; {} before a pack is open. start_seconds holds what this process
+        took to load its libraries: a run of its own would too."""
+        return await self._ask(self._stats)
+
+    def _stats(self) -> dict[str, float]:
+        if self._pack is None:
+            return {}
+        found = self._pack.stats()
+        return found | {"start_seconds": found["start_seconds"] + self._imported}
 
     async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Run a function in this warm process, between two steps."""
@@ -120,11 +129,13 @@ class PackHost:
     # ---- the training thread
 
     def _work(self) -> None:
+        began = time.perf_counter()
         import torch  # slow; the actor answers meanwhile
 
         from rayft.models.quiet import hush
         from rayft.trials import pack  # noqa: F401  # so that opening one only loads the model
 
+        self._imported = time.perf_counter() - began
         hush()
         torch.set_num_threads(self._threads)
         while True:

@@ -38,14 +38,32 @@ def over_ray(interrupt: Interrupt) -> Mapper:
             return [function(items[0])]
         environment = {"env_vars": passed_on()} if passed_on() else None
         task = _apply.options(runtime_env=environment) if environment else _apply
-        asked = [task.remote(function, item, str(Path.cwd())) for item in items]
-        open_tasks = asked
-        while open_tasks:
-            interrupt.check()
-            _, open_tasks = ray.wait(open_tasks, num_returns=len(open_tasks), timeout=PERIOD)
-        return [_result(reference) for reference in asked]
+        return _gathered(
+            [task.remote(function, item, str(Path.cwd())) for item in items], interrupt
+        )
 
     return spread
+
+
+def over_hosts(hosts: Sequence[Any], interrupt: Interrupt) -> Mapper:
+    """`over_ray` in actors that have torch loaded (`call(function, item)`), in turn."""
+
+    def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        asked = [
+            hosts[index % len(hosts)].call.remote(function, item)
+            for index, item in enumerate(items)
+        ]
+        return _gathered(asked, interrupt)
+
+    return spread
+
+
+def _gathered(asked: list[ray.ObjectRef], interrupt: Interrupt) -> list[Any]:
+    open_tasks = asked
+    while open_tasks:
+        interrupt.check()
+        _, open_tasks = ray.wait(open_tasks, num_returns=len(open_tasks), timeout=PERIOD)
+    return [_result(reference) for reference in asked]
 
 
 def _result(reference: ray.ObjectRef) -> Any:

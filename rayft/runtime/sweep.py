@@ -3,8 +3,6 @@ the report. The same command continues a sweep that was cut off."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from typing import Any
 
@@ -23,21 +21,17 @@ from rayft.core.lease import Lease
 from rayft.core.record import SweepRecord
 from rayft.core.storage import Storage
 from rayft.runtime.best import copy_winner, refit, write_config
-from rayft.runtime.desk import Desk
-from rayft.runtime.floor import Floor
-from rayft.runtime.ground import ground
+from rayft.runtime.ground import close, ground
 from rayft.runtime.interrupt import Interrupt, handling
 from rayft.runtime.search import Fixed, Search
 from rayft.runtime.sweepbook import SweepBook
 from rayft.runtime.sweepview import SweepView, sweep_view
-from rayft.runtime.tuning import Phase, scheduler
+from rayft.runtime.tuning import WAITING, Phase, scheduler
 from rayft.runtime.watch import Watch, state_of
 
 PERIOD = 0.5  # seconds between two looks at signals
 LOOK = 2.0  # seconds between two looks at the packs
-WAITING = 3  # trials that wait so that a freed slot is taken at the next step
 LEDGER_PERIOD = 15.0  # seconds between two lines on the packs
-CLOSE = 60.0  # seconds that hosts get to commit and go
 
 
 def sweep(run: Run, *, again: str = "the same command") -> SweepRecord:
@@ -84,7 +78,6 @@ class _Sweep:
         self.interrupt, self.lease = interrupt, lease
         self.reason = ""  # why the search ended early
         self.packs: dict[str, Any] = {}
-        self.at_once = 0  # trials that can train at the same time
         self._looked = self._noted = 0.0
 
     # ---- from start to end
@@ -100,8 +93,8 @@ class _Sweep:
             over = sum(trial.over for trial in known)
             self.view.note(f"continuing sweep {self.run.name}: {over} trials over, {shown}")
         try:
-            with ground(self.run, book, self.view, self.interrupt) as (floor, self.at_once):
-                self._phases(floor)
+            with ground(self.run, book, self.view, self.interrupt) as self.ground:
+                self._phases(self.ground.desk)
         except BaseException as error:
             self._broke(error)
             raise
@@ -114,22 +107,19 @@ class _Sweep:
         repeated = sum(bool(trial.origin) for trial in self.book.book.trials.values())
         return more or repeated < self.run.sweep.seeds - 1
 
-    def _phases(self, floor: Floor) -> None:
-        desk = Desk.options(name=f"rayft-{self.run.name}-desk-{os.getpid()}").remote(floor)
-        try:
-            ray.get(desk.open.remote())
-            self._search(desk)
-            self._seeds(desk)
-            self._look(desk, force=True)
-            best = self.book.summary()
-            if best is not None:
-                write_config(self.book.home, self.run, best, self.run.sweep.metric)
-                if not self.run.sweep.refit:
-                    self._copy(desk, best)
-        finally:
-            _close(desk)
-        if best is not None and self.run.sweep.refit:
+    def _phases(self, desk: Any) -> None:
+        self._search(desk)
+        self._seeds(desk)
+        self._look(desk, force=True)
+        best, spec = self.book.summary(), self.run.sweep
+        if best is None:
+            return
+        write_config(self.book.home, self.run, best, spec.metric)
+        if spec.refit:
+            close(desk)  # the packs leave the cluster to it
             self._refit(best)
+        else:
+            self._copy(desk, best)
 
     def _search(self, desk: Any) -> None:
         searcher = Search(self.run, self.book.book)
@@ -144,7 +134,7 @@ class _Sweep:
             Watch(self.book, desk, self._over),
             name_of=searcher.name_of,
             count=left,
-            most=min(left, self.at_once + WAITING),
+            most=min(left, self.ground.at_once + WAITING),
         )
         self._follow(phase, desk)
         self.book.write(stopped_by=self.reason or ("grid" if searcher.exhausted else "trials"))
@@ -280,13 +270,16 @@ class _Sweep:
         try:
             text = "" if status == "interrupted" else str(error)
             self.book.write(status=status, error=text, best=self.book.summary())
+            self._report()
         except StorageError as lost:
             self.view.note(f"warning: sweep.json still says running: {lost.what}")
 
     def _report(self) -> None:
         from rayft.report import write_report  # plotly: once, at the end
+        from rayft.report.facts import cost, read_facts
 
         self.book.close()
+        self.book.write(cost=cost(read_facts(self.book.home)))
         write_report(self.book.home)
         self.view.note(f"report: {self.book.home.shown()}/report.html")
 
@@ -295,11 +288,3 @@ def _unscheduled(run: Run) -> Any:
     from rayft.config.sweep import NoneSpec
 
     return run.sweep.model_copy(update={"scheduler": NoneSpec()})
-
-
-def _close(desk: Any) -> None:
-    """Let hosts commit and go; a desk that hangs is killed."""
-    # what does not answer in time goes with the desk that owns it
-    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
-        ray.get(desk.close.remote(), timeout=CLOSE)
-    ray.kill(desk)

@@ -84,7 +84,7 @@ class SweepBook:
             return
         with self._lock:
             before = self.best()
-            facts = {"donor": result["donor"]} if result.get("donor") else {}
+            facts = {key: result[key] for key in ("donor", "pack") if result.get(key)}
             self._add(trial, "running", int(result["step"]), params, metrics_of(result), **facts)
             self._tell_best(before)
 
@@ -101,7 +101,8 @@ class SweepBook:
                 self._add(trial, "stopped", known.step, known.params)
             else:
                 before = self.best()
-                facts = {"error": result["error_text"]} if result.get("error_text") else {}
+                facts = {"pack": result["pack"]} if result.get("pack") else {}
+                facts |= {"error": result["error_text"]} if result.get("error_text") else {}
                 step = int(result["step"]) or known.step
                 self._add(trial, standing, step, params, metrics_of(result), **facts)
                 self._tell_best(before)

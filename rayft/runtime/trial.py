@@ -8,6 +8,7 @@ costs is one idle process.
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import ray
@@ -54,7 +55,7 @@ class SweepTrial(Trainable):
         self._params = dict(config)
         self._source: dict[str, Any] | None = None
         self._host: Any = None
-        self._donor = ""
+        self._donor, self._pack = "", ""
 
     def step(self) -> dict[str, Any]:
         """Wait for the next report. A host that dies is left for another one: the trial continues
@@ -63,7 +64,7 @@ class SweepTrial(Trainable):
             try:
                 if self._host is None:
                     asked = self._desk.enter.remote(self.trial_name, self._params, self._source)
-                    self._host, self._source = ray.get(asked), None
+                    (self._host, self._pack), self._source = ray.get(asked), None
                 told: Told = ray.get(self._host.next.remote(self.trial_name))
                 if told.standing != "moved":
                     return self._result(told)
@@ -75,7 +76,7 @@ class SweepTrial(Trainable):
                 ray.get(self._desk.lost.remote(self.trial_name))
 
     def _result(self, told: Told) -> dict[str, Any]:
-        result = result_of(told, self._metric, self._mode)
+        result = result_of(told, self._metric, self._mode) | {"pack": self._pack}
         if self._donor:
             result["donor"], self._donor = self._donor, ""
         return result
@@ -98,3 +99,10 @@ class SweepTrial(Trainable):
         """The process serves another trial, or the same one with other settings."""
         self._begin(new_config)
         return True
+
+
+@ray.remote(num_cpus=0)
+def warm(seconds: float) -> None:
+    """Leaves a process that has imported all this. It holds for a while, so that several of these
+    do not share one."""
+    time.sleep(seconds)

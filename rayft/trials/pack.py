@@ -77,9 +77,11 @@ class Pack:
         batches = held_out(run, self._corpus, self._built, 0, 1)
         self._held_out = HeldOut(batches, self._corpus.tasks)
         self._slots: dict[str, Slot] = {}
-        names = ("steps", "busy", "seconds", "tokens", "alone_step_seconds")
+        names = ("steps", "busy", "seconds", "tokens", "alone_step_seconds", "alone_eval_seconds")
         self._stats = dict.fromkeys(names, 0.0)
+        evaluated = time.perf_counter()
         self.base = self._held_out.base(self._model)
+        self._stats["alone_eval_seconds"] = time.perf_counter() - evaluated
         self._room = Room(device, self._bytes, memory or everything(device))
         self._stats["start_seconds"] = time.perf_counter() - began
 
@@ -201,7 +203,7 @@ class Pack:
     def stats(self) -> dict[str, float]:
         """slots, steps, busy (slot-seconds), seconds (stepping and evaluating), tokens (seen),
         start_seconds, alone_step_seconds (forward and backward of the first trial's first step by
-        itself), memory (bytes)."""
+        itself), alone_eval_seconds (of the base), memory (bytes)."""
         return {**self._stats, "slots": self.slots, "memory": float(peak_memory(self.device))}
 
     # ---- steps

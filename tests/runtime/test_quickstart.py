@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from rayft.config.load import load
-from rayft.core.record import RunRecord
+from rayft.core.record import RunRecord, SweepRecord
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -29,11 +29,17 @@ def test_the_config_in_the_readme_is_valid():
     assert load(yaml.safe_load(blocks("yaml")[0])).strategy.stage == 2
 
 
+def test_the_sweep_in_the_readme_is_valid():
+    config, block = (yaml.safe_load(text) for text in blocks("yaml"))
+    config["scale"]["workers"] = 1
+    assert load(config | block).sweep.count == 32
+
+
 def test_every_command_in_the_readme_exists():
     """Each option of each `rayft` line is one that the command's help names."""
     lines = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
     calls = [shlex.split(line.split(">")[0]) for line in lines if re.match(r"\s*rayft ", line)]
-    assert {call[1] for call in calls} == {"check", "train", "eval", "export"}
+    assert {call[1] for call in calls} == {"check", "train", "sweep", "report", "eval", "export"}
     for command in {call[1] for call in calls}:
         done = subprocess.run(
             [sys.executable, "-m", "rayft", command, "--help"],
@@ -73,3 +79,10 @@ def test_the_quick_start(tmp_path, quiet):
         assert (folder / "export/README.md").exists()
         assert json.loads((folder / "export/config.json").read_text()) if name == "full" else True
     assert done.stdout.count("sample 3") == 2 and "next:" in done.stdout
+    assert "runs/quickstart-sweep/report.html" in done.stdout.splitlines()[0]
+    folder = tmp_path / "runs/quickstart-sweep"
+    found = SweepRecord.from_json((folder / "sweep.json").read_text())
+    trials = (folder / "trials.csv").read_text().splitlines()
+    assert found.status == "done" and len(trials) >= 17
+    assert found.best["metric"] < 0.9 * found.base["eval_loss"]
+    assert (folder / "report.html").exists() and (folder / "best/export/README.md").exists()
