@@ -42,6 +42,8 @@ def why_alone(run: Run) -> str:
         return f"strategy is {run.strategy.kind}"
     if run.optim.kind != "adamw":
         return f"optim.kind is {run.optim.kind}"
+    if run.model.quant == "int8":
+        return "model.quant is int8, whose outliers mix the rows of a batch"
     if run.train.gradient_checkpointing and methods[0].dropout:
         return "gradient checkpointing would draw other dropout masks"
     return ""
@@ -67,6 +69,8 @@ def pack_key(run: Run) -> str:
             holder = holder[last]
         for name in names or ():
             holder.pop(name)
+    if run.model.init == "random":
+        data["seed"] = run.seed  # the base's weights are drawn from it
     return json.dumps(data, sort_keys=True)
 
 
