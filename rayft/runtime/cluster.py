@@ -26,10 +26,7 @@ _QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # how soon the end, or the death, of a worker is seen
     "RAY_DEDUP_LOGS": "1",
 }
-_LOCAL = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_num_workers_soft_limit": "32",  # idle processes that are kept: a sweep warms its trials'
-}
+_LOCAL = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @contextmanager

@@ -28,7 +28,6 @@ from rayft.runtime.room import reasons_alone, room_for
 from rayft.runtime.spread import over_hosts, over_ray
 from rayft.runtime.sweepbook import SweepBook
 from rayft.runtime.sweepview import SweepView
-from rayft.runtime.tuning import WAITING, warm_trials
 from rayft.runtime.types import Mapper
 
 CLOSE = 60.0  # seconds that hosts get to commit and go
@@ -76,7 +75,6 @@ def ground(run: Run, book: SweepBook, view: SweepView, interrupt: Interrupt) -> 
         desk = Desk.options(name=f"rayft-{run.name}-desk-{os.getpid()}").remote(floor)
         try:
             hosts = ray.get(desk.open.remote())
-            warm_trials(min(run.sweep.count, room.at_once + WAITING))
             prepared = data.on(hosts)
             before = book.record.data_hash
             if before and before != prepared.hash:

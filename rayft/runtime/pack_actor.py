@@ -56,6 +56,11 @@ class PackHost:
 
     # ---- asked from outside
 
+    async def warmed(self) -> None:
+        """Return once the libraries are loaded. What is sent for `call` before that would import
+        them in a second thread meanwhile, and transformers does not survive it."""
+        await self._ask(lambda: None)
+
     async def open(self, opening: Opening) -> None:
         """Load the base and the data; a pack that was open is closed first."""
         await self._ask(lambda: self._open(opening))

@@ -46,9 +46,10 @@ def over_ray(interrupt: Interrupt) -> Mapper:
 
 
 def over_hosts(hosts: Sequence[Any], interrupt: Interrupt) -> Mapper:
-    """`over_ray` in actors that have torch loaded (`call(function, item)`), in turn."""
+    """`over_ray` in actors that load torch anyway (`warmed`, `call(function, item)`), in turn."""
 
     def spread(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        _gathered([host.warmed.remote() for host in hosts], interrupt)
         asked = [
             hosts[index % len(hosts)].call.remote(function, item)
             for index, item in enumerate(items)

@@ -8,7 +8,6 @@ costs is one idle process.
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import ray
@@ -99,10 +98,3 @@ class SweepTrial(Trainable):
         """The process serves another trial, or the same one with other settings."""
         self._begin(new_config)
         return True
-
-
-@ray.remote(num_cpus=0)
-def warm(seconds: float) -> None:
-    """Leaves a process that has imported all this. It holds for a while, so that several of these
-    do not share one."""
-    time.sleep(seconds)

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import ray
 from ray import tune
-from ray.tune.execution import class_cache
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
     FIFOScheduler,
@@ -25,7 +24,7 @@ from rayft.config.run import Run
 from rayft.config.sweep import AshaSpec, MedianSpec, PbtSpec
 from rayft.config.sweep_rules import perturbable
 from rayft.runtime.failure import first_line
-from rayft.runtime.trial import SCORE, SweepTrial, warm
+from rayft.runtime.trial import SCORE, SweepTrial
 
 _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger is the log
@@ -39,17 +38,6 @@ _SETTINGS = {
 
 
 WAITING = 2  # trials beyond the slots: they wait, so that a freed slot is taken at the next step
-HOLD = 3.0  # seconds that a warming process is held
-
-
-def warm_trials(count: int) -> None:
-    """Start the processes that trials will run in. They must have Tune's environment, or Ray would
-    start others."""
-    names = class_cache.ENV_VARS_TO_PROPAGATE & os.environ.keys()
-    variables = class_cache.DEFAULT_ENV_VARS | {name: os.environ[name] for name in names}
-    task = warm.options(runtime_env={"env_vars": variables})
-    for _ in range(count):
-        task.remote(HOLD)
 
 
 class Watcher(Protocol):
