@@ -42,7 +42,7 @@ class Desk:
         self._changed = asyncio.Condition()
         self._queue: list[str] = []  # trials that wait for a slot, longest first
         self._joins = 0
-        self._own = asyncio.Semaphore(floor.alone)
+        self._own = asyncio.Semaphore(max(1, floor.alone))
         self._stopping = False
 
     async def open(self) -> list[Any]:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import ray
+from ray.tune.schedulers import FIFOScheduler
 
 from rayft.config.rules import refuse
 from rayft.config.run import Run
@@ -77,7 +78,6 @@ class _Sweep:
         self.run, self.book, self.view, self.again = run, book, view, again
         self.interrupt, self.lease = interrupt, lease
         self.reason = ""  # why the search ended early
-        self.packs: dict[str, Any] = {}
         self._looked = self._noted = 0.0
 
     # ---- from start to end
@@ -126,17 +126,20 @@ class _Sweep:
         left = self.run.sweep.count - sum(trial.over for trial in self.book.searched())
         if left <= 0 or self._over():
             return
+        watch = Watch(self.book, desk, self._over, self.ground.at_once)
         phase = Phase(
             self.run,
             desk,
             searcher,
             scheduler(self.run),
-            Watch(self.book, desk, self._over),
+            watch,
             name_of=searcher.name_of,
             count=left,
             most=min(left, self.ground.at_once + WAITING),
         )
         self._follow(phase, desk)
+        if self.reason:
+            watch.finish()
         self.book.write(stopped_by=self.reason or ("grid" if searcher.exhausted else "trials"))
 
     def _seeds(self, desk: Any) -> None:
@@ -159,8 +162,8 @@ class _Sweep:
             self.run,
             desk,
             searcher,
-            scheduler(self.run.model_copy(update={"sweep": _unscheduled(self.run)})),
-            Watch(self.book, desk, lambda: self.interrupt.asked),
+            FIFOScheduler(),
+            Watch(self.book, desk, lambda: self.interrupt.asked, self.ground.at_once),
             name_of=searcher.name_of,
             count=len(wanted),
             most=len(wanted),
@@ -229,10 +232,9 @@ class _Sweep:
         except (ray.exceptions.RayError, TimeoutError):
             return
         self.view.show(state_of(self.book, seen))
-        self.packs = seen["packs"]
         if now - self._noted > LEDGER_PERIOD or force:
             self._noted = now
-            for name, numbers in self.packs.items():
+            for name, numbers in seen["packs"].items():
                 self.book.pack(name, numbers)
 
     def _tell(self) -> None:
@@ -245,21 +247,30 @@ class _Sweep:
         book = self.book
         best = book.summary()
         if best is None:
-            trials = book.searched()
-            diverged = trials and all(trial.status == "diverged" for trial in trials)
-            status = "diverged" if diverged else "failed"
-            book.write(status=status, best=None)
+            error = self._nothing_found()
+            book.write(status="diverged" if isinstance(error, DivergedError) else "failed")
             self._report()
-            kind = DivergedError if diverged else RayftError
-            raise kind(
-                f"all {len(trials)} trials {'diverged' if diverged else 'failed'}",
-                where=f"{book.home.shown()}/report.html",
-                cause=next((trial.error for trial in trials if trial.error), ""),
-                fix="lower the rates in sweep.space" if diverged else "read the report's failures",
-            )
+            raise error
         book.write(status="done", best=best, base=book.base())
         self._report()
         return book.record
+
+    def _nothing_found(self) -> RayftError:
+        trials = self.book.searched()
+        where = f"{self.book.home.shown()}/report.html"
+        ended = [trial for trial in trials if trial.over]
+        if len(ended) < len(trials):
+            return RayftError(
+                f"{self.reason or 'something'} ended the sweep before any trial was evaluated",
+                where=where,
+                fix="raise sweep.max_seconds; the same command goes on with these trials",
+            )
+        if all(trial.status == "diverged" for trial in trials):
+            fix = "lower the rates in sweep.space"
+            return DivergedError(f"all {len(trials)} trials diverged", where=where, fix=fix)
+        cause = next((trial.error for trial in trials if trial.error), "")
+        what, fix = f"all {len(trials)} trials failed", "read the failures in the report"
+        return RayftError(what, where=where, cause=cause, fix=fix)
 
     def _broke(self, error: BaseException) -> None:
         """sweep.json must say what happened; never hides the error itself."""
@@ -282,9 +293,3 @@ class _Sweep:
         self.book.write(cost=cost(read_facts(self.book.home)))
         write_report(self.book.home)
         self.view.note(f"report: {self.book.home.shown()}/report.html")
-
-
-def _unscheduled(run: Run) -> Any:
-    from rayft.config.sweep import NoneSpec
-
-    return run.sweep.model_copy(update={"scheduler": NoneSpec()})

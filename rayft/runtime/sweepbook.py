@@ -96,7 +96,7 @@ class SweepBook:
             if known is None or known.over:
                 return
             if standing == "running":
-                if self.interrupted:
+                if self.interrupted or not known.reports:
                     return  # it goes on when the same command is given again
                 self._add(trial, "stopped", known.step, known.params)
             else:
@@ -109,6 +109,14 @@ class SweepBook:
                 if standing in ("diverged", "failed"):
                     self.news.append(f"{trial} {standing} at step {step}: {facts.get('error', '')}")
             self._here[trial] = standing
+            self._clear_losers()
+
+    def stop(self, trial: str) -> None:
+        """It ends where it is: the sweep does."""
+        with self._lock:
+            known = self.book.trials[trial]
+            self._add(trial, "stopped", known.step, known.params)
+            self._here[trial] = "stopped"
             self._clear_losers()
 
     def broke(self, trial: str, params: dict[str, Any], why: str) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ray
+
+from rayft.config.run import Run
 from rayft.core.ledger import Trial
 from rayft.runtime.sweepbook import SweepBook
 from rayft.runtime.sweepview import State
@@ -13,8 +16,9 @@ from rayft.runtime.sweepview import State
 class Watch:
     """tuning.Watcher: the book, and the desk that gets places back."""
 
-    def __init__(self, book: SweepBook, desk: Any, over: Callable[[], bool]) -> None:
-        self._book, self._desk, self._over = book, desk, over
+    def __init__(self, book: SweepBook, desk: Any, over: Callable[[], bool], at_once: int) -> None:
+        self._book, self._desk, self._over, self._at_once = book, desk, over, at_once
+        self._predicted = False
 
     def started(self, trial: str, params: dict[str, Any]) -> None:
         """See tuning.Watcher."""
@@ -23,6 +27,10 @@ class Watch:
     def told(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
         """See tuning.Watcher."""
         self._book.told(trial, params, result)
+        if not self._predicted and "params_trainable" in result:
+            self._predicted = True
+            size = disk(self._book.run, params, result["params_trainable"], self._at_once)
+            self._book.news.append(f"checkpoints will take {size / 2**20:,.0f} MiB at most")
 
     def ended(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
         """See tuning.Watcher. The slot is asked back at once, so that the next trial gets it."""
@@ -39,6 +47,32 @@ class Watch:
     def over(self) -> bool:
         """See tuning.Watcher."""
         return self._over()
+
+    def finish(self) -> None:
+        """The phase was ended from outside: Tune says nothing of the trials that still ran. With a
+        best one among the others they are over; else they go on with the same command."""
+        found = self._book.best() is not None
+        for trial in self._book.searched():
+            if not trial.over:
+                keep = self._book.is_best(trial.id)
+                ray.get(self._desk.leave.remote(trial.id, keep or not found))
+                if found:
+                    self._book.stop(trial.id)
+
+
+def disk(run: Run, params: dict[str, Any], trainable: float, at_once: int) -> float:
+    """Bytes that checkpoints of a sweep can take at one time: weights and two moments in fp32,
+    train.keep and the best of every trial that trains, the winner's, and one more being written.
+
+    Args:
+        params, trainable: of one trial; where the space holds ranks, the largest one counts.
+    """
+    widest = 1.0
+    for path, domain in run.sweep.space.items():
+        if path.endswith(".rank") and params.get(path):
+            widest = max(domain.ends()) / params[path]
+    each = 12 * trainable * widest
+    return each * (at_once * (run.train.keep + 2) + 2)
 
 
 def state_of(book: SweepBook, seen: dict[str, Any]) -> State:

@@ -246,6 +246,22 @@ def test_a_signal_ends_with_75_and_nothing_is_lost(tmp_path):
         assert list((tmp_path / f"s/trials/{trial.id}/checkpoints").glob("*/COMMIT.json"))
 
 
+def test_a_limit_of_time_ends_a_sweep_and_the_winner_is_trained_in_full(tmp_path):
+    """The search stops at once; what was found is refitted as a Ray Train run for train.steps."""
+    block = {"trials": 40, "max_seconds": 40, "steps": 6, "refit": True, "scheduler": "none"}
+    short = BASE["train"] | {"steps": 8, "eval_every": 2}
+    began = time.monotonic()
+    record = sweep(load(config(tmp_path, block, train=short)))
+    assert record.stopped_by == "max_seconds" and time.monotonic() - began < 120
+    trials = read_ledger(home(tmp_path)).trials.values()
+    assert 1 <= len(trials) < 40 and all(trial.over for trial in trials)
+    assert max(trial.step for trial in trials) <= 6
+    best = RunRecord.from_json((tmp_path / "s/best/run.json").read_text())
+    assert (best.status, best.steps, best.name) == ("done", 8, "best")
+    assert record.refit["step"] == 8 and record.refit["metric"] == best.eval["eval_loss"]
+    assert (tmp_path / "s/best/export/adapter_config.json").exists()
+
+
 def test_a_config_without_the_block_is_refused(tmp_path):
     with pytest.raises(RayftError, match="no sweep block"):
         sweep(load(config(tmp_path, {}) | {"sweep": None}))

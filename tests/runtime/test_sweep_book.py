@@ -75,6 +75,9 @@ def test_an_interrupted_trial_is_not_over(book):
     book.interrupted = True
     book.ended("t0001", {"optim.lr": 1e-2}, result(10, 5.0))
     assert read_ledger(book.home).trials["t0001"].status == "running"
+    book.interrupted = False
+    book.ended("t0001", {"optim.lr": 1e-2}, {})  # time was up before it had reported anything
+    assert read_ledger(book.home).trials["t0001"].status == "running"
 
 
 def test_losers_lose_their_checkpoints_and_nothing_else(book):
