@@ -136,11 +136,7 @@ def winner(facts: Facts) -> str:
     rows = []
     params = facts.best.trial.params
     for axis in facts.axes:
-        base = (
-            {path: value_of(facts.record.config, path) for path in axis.domain.paired[0]}
-            if axis.domain.paired
-            else value_of(facts.record.config, axis.name)
-        )
+        base = value_of(facts.record.config, axis.name)
         edge = axis.edge(params)
         hint = (
             f'<br><span class="note">at the {edge} end of what was searched</span>' if edge else ""

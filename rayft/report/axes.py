@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rayft.config.sweep import Domain
+
+MANY, WIDE = 8, 20  # values listed one by one; ratio of ends from which an axis is logarithmic
 
 
 def written(value: Any, digits: int = 3) -> str:
@@ -46,11 +48,8 @@ class Axis:
     levels: tuple[str, ...] = ()
 
     def pick(self, params: Mapping[str, Any]) -> Any:
-        """The value that `params` hold: of a paired dimension its whole entry; None without it."""
-        if not self.domain.paired:
-            return params.get(self.name)
-        paths = self.domain.paired[0]
-        return {path: params[path] for path in paths} if paths.keys() <= params.keys() else None
+        """The value that `params` hold; None without it."""
+        return params.get(self.name)
 
     def at(self, params: Mapping[str, Any]) -> float | None:
         """Where a trial lies: its value, or the index of its level."""
@@ -91,9 +90,29 @@ class Axis:
 def axes(space: Mapping[str, Domain], seen: Iterable[Mapping[str, Any]]) -> tuple[Axis, ...]:
     """The axes of a space, wide enough for every params in `seen` (population-based training may
     leave the domain)."""
-    labels = _labels(list(space))
+    flat = dict(_unpaired(space))
+    labels = _labels(list(flat))
     params = list(seen)
-    return tuple(_axis(name, labels[name], domain, params) for name, domain in space.items())
+    return tuple(_axis(name, labels[name], domain, params) for name, domain in flat.items())
+
+
+def _unpaired(space: Mapping[str, Domain]) -> Iterator[tuple[str, Domain]]:
+    """A field of its own for every field of a paired dimension: people read fields. Many numbers
+    are shown as a range."""
+    for name, domain in space.items():
+        if not domain.paired:
+            yield name, domain
+            continue
+        for path in domain.paired[0]:
+            values = list(
+                {json.dumps(entry[path]): entry[path] for entry in domain.paired}.values()
+            )
+            if len(values) <= MANY or any(_number(str(value)) is None for value in values):
+                yield path, Domain(choice=tuple(values))
+                continue
+            low, high = min(values), max(values)
+            wide = low > 0 and high / low >= WIDE
+            yield path, Domain(**{"loguniform" if wide else "uniform": (low, high)})
 
 
 def _axis(name: str, label: str, domain: Domain, seen: Sequence[Mapping[str, Any]]) -> Axis:

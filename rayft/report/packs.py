@@ -13,8 +13,8 @@ FORMULA = (
     "Alone is, over all trials, start + planned steps × step alone. Steps not taken are those of "
     "stopped and diverged trials. Spent is the engine time charged to trials plus the packs' own "
     "starts. Packing is what remains: start + steps taken × step alone, less what was spent. "
-    "A step alone is measured as its forward and backward pass; the optimizer's part and the "
-    "evaluations are in the time spent but not in it, so packing is counted too low, not too high."
+    "Step alone is a measured forward and backward pass with its share of a measured evaluation; "
+    "the optimizer's part is in the time spent only, so packing is counted too low, not too high."
 )
 
 

@@ -195,12 +195,12 @@ def test_values_outside_the_space_and_paired_ones(tmp_path: Path) -> None:
     book.close()
     page, facts = read(home), read_facts(home)
     by_label = {axis.label: axis for axis in facts.axes}
-    assert set(by_label) == {"size", "weight_decay"}
+    assert set(by_label) == {"lr", "rank", "weight_decay"}  # a paired dimension is its fields
     assert by_label["weight_decay"].high == 0.3
-    assert "rank=4, lr=0.0001" in page.text
+    assert by_label["rank"].levels == ("4", "8") and "4, 8" in page.text
     backend = JournalFileBackend(str(home.local_path("optuna-journal.log")))
     trials = optuna.load_study(study_name=None, storage=JournalStorage(backend)).trials
-    assert trials[1].params["size"] == "rank=8, lr=0.001"
+    assert (trials[1].params["methods.0.rank"], trials[1].params["optim.lr"]) == (8, 1e-3)
 
 
 @pytest.mark.parametrize(
