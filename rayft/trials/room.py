@@ -3,14 +3,15 @@
     bytes = base + 16 P (parameters, gradients, two moments; P padded) + activations per token
             * rows of one forward pass * longest row
 
-Activations per token are measured once, on the first trial's own batches.
+Activations per token are measured on a trial's own batch before it is in: on the first trial, and
+again on every one that keeps more than those before it (a higher rank, dropout masks, DoRA).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ class Claim:
     params: int  # of its row
     rows: int  # of its largest micro-batch
     length: int  # tokens of its longest row
+    rank: int
+    kind: tuple[bool, bool]  # dropout, DoRA
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Room:
     base: int  # bytes of the base model
     limit: int  # bytes the pack may use
     per_token: float = 0.0  # bytes of activations; 0 until it is measured
+    _ranks: dict[tuple[bool, bool], int] = field(default_factory=dict)  # kind -> highest measured
 
     def need(self, claims: Iterable[Claim]) -> int:
         """Bytes with these trials in."""
@@ -44,7 +48,11 @@ class Room:
         adapters = ADAM * sum(claim.params for claim in claims)
         return int(self.base + adapters + self.per_token * tokens)
 
-    def measure(self, run: Callable[[], int]) -> None:
+    def knows(self, claim: Claim) -> bool:
+        """Whether a trial that keeps at least as much per token has been measured."""
+        return self._ranks.get(claim.kind, 0) >= claim.rank
+
+    def measure(self, claim: Claim, run: Callable[[], int]) -> None:
         """`run` does a forward and backward pass and returns its tokens, padding included."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -56,6 +64,7 @@ class Room:
         else:
             tokens, used = _kept_for_backward(run)
         self.per_token = max(self.per_token, used / max(tokens, 1))
+        self._ranks[claim.kind] = claim.rank
 
 
 def bytes_of(model: nn.Module) -> int:
