@@ -44,7 +44,7 @@ class Pack:
         run: of any trial: the base model, the targets, the objective and the data are read from it.
         data_dir, data_hash: compose.job.Prepared.uri and .hash.
         slots: trials at a time.
-        memory: bytes the pack may use; default all of the device.
+        memory: bytes the pack may use; default all of the device that nobody else holds.
         facts: "versions" and "hardware" for run.json.
         divergence: a held-out loss above this times the base model's is a diverged trial.
         optimizer: makes a trial's optimizer from its groups.

@@ -12,11 +12,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 ADAM = 16  # bytes per adapter parameter in float32
+SLACK = 0.05  # of a GPU: what the allocator cannot use, and the libraries' own
+CGROUP = ("memory.max", "memory/memory.limit_in_bytes")  # version 2, version 1
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,24 @@ def bytes_of(model: nn.Module) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
-def everything(device: torch.device) -> int:
-    """Bytes that the device has in all."""
+def everything(device: torch.device, share: float = 1.0) -> int:
+    """Bytes that a process with this share of the device may use: less than its share where others
+    hold memory of the GPU already."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free, total = torch.cuda.mem_get_info(device)
+        within_reach = free + torch.cuda.memory_reserved(device)
+        return int((1 - SLACK) * min(share * total, within_reach))
+    return int(share * host_memory())
+
+
+def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of this machine, or of the container that this process is in."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in CGROUP:
+        if (cgroup / name).exists():
+            text = (cgroup / name).read_text().strip()
+            limits += [int(text)] if text.isdigit() else []  # else "max"
+    return min(limits)
 
 
 def _kept_for_backward(run: Callable[[], int]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rayft.core.errors import InfeasibleError
-from rayft.trials.room import Claim, Room
+from rayft.trials.room import Claim, Room, everything, host_memory
 from rayft.trials.types import NoRoom
 from tests.packs import CPU, Lab, home_of, losses
 
@@ -103,3 +103,13 @@ def test_a_kind_is_known_up_to_the_rank_that_was_measured():
     room.measure(Claim(1, 1, 1, 8, DROPS), lambda: 1)
     asked = [Claim(1, 1, 1, rank, kind) for rank, kind in ((8, DROPS), (9, DROPS), (8, DORA))]
     assert [room.knows(claim) for claim in asked] == [True, False, False]
+
+
+def test_the_memory_of_the_container_counts(tmp_path):
+    machine = host_memory(tmp_path)
+    assert machine > 1 << 28
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory(tmp_path) == machine
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert host_memory(tmp_path) == 1_000_000
+    assert everything(CPU, 0.25) == host_memory() // 4
