@@ -12,7 +12,7 @@ engine, without Ray, one process, --threads threads; ways take turns, medians of
 Rows are --length tokens long, every token trained. --shape names a random model: tiny (hidden 256,
 4 layers, vocabulary 2,048), d64, d512, 1b and 8b (the shapes of Llama 3.2 1B and 3.1 8B; written to
 a temporary folder first). --quant nf4 quantises it. --memory: peak of the pack at the end.
-planner: the simulated placement of 10,000 trials on 1,000 GPUs (rayft/trials/simulate.py).
+planner: the simulated placement of 10,000 trials on 1,000 and 300 GPUs (rayft/trials/simulate.py).
 """
 
 from __future__ import annotations
@@ -212,17 +212,17 @@ def planner() -> None:
         "steps 100 to 900": [rng.randint(100, 900) for _ in range(10_000)],
         "survivors of 3 rungs": asha_lengths(10_000, 900, 100, 3),
     }
-    print("10,000 trials, 1,000 packs, one step = 0.3 + 0.7 n seconds at n trials")
-    print("lengths                order      slots  makespan/bound  slots full  simulated in")
+    print("10,000 trials, one pack per GPU, one step = 0.3 + 0.7 n seconds at n trials")
+    print("lengths                order          GPUs   slots  makespan/bound  slots full  took")
     for name, lengths in cases.items():
-        for order in ("longest first", "as drawn"):
+        for order, gpus in (("longest first", 1000), ("as drawn", 1000), ("as drawn", 300)):
             for slots in (2, 4):
                 given = sorted(lengths, reverse=True) if order == "longest first" else lengths
                 began = time.perf_counter()
-                o = simulate(given, 1000, slots, 0.3, 0.7)
+                o = simulate(given, gpus, slots, 0.3, 0.7)
                 spent = time.perf_counter() - began
                 print(
-                    f"{name:<22} {order:<14} {slots:<6} {o.makespan / o.bound:<15.3f} "
+                    f"{name:<22} {order:<14} {gpus:<6} {slots:<6} {o.makespan / o.bound:<15.3f} "
                     f"{o.fullness:<11.3f} {spent:.2f} s"
                 )
 

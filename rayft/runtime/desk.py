@@ -132,8 +132,7 @@ class Desk:
             options["num_gpus"] = floor.gpus
         if floor.environment:
             options["runtime_env"] = {"env_vars": floor.environment}
-        threads = max(1, int(floor.cpus))
-        host = PackHost.options(**options).remote(floor.cwd, threads, floor.gpus > 0)
+        host = PackHost.options(**options).remote(floor.cwd, floor.cpus, floor.gpus)
         return Pack(name, host)
 
     async def _packed(self, trial: str, run: Run, source: str | None) -> tuple[Any, str]:

@@ -37,9 +37,13 @@ class Opening:
 
 @ray.remote(max_restarts=0)
 class PackHost:
-    """Holds one trials.pack.Pack at a time."""
+    """Holds one trials.pack.Pack at a time.
 
-    def __init__(self, cwd: str, threads: int, gpu: bool) -> None:
+    Args:
+        cpus, gpus: what Ray has given it; with them comes as large a share of the memory.
+    """
+
+    def __init__(self, cwd: str, cpus: float, gpus: float) -> None:
         if Path(cwd).is_dir():
             os.chdir(cwd)  # a relative model path means the driver's
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -49,7 +53,7 @@ class PackHost:
         self._commands: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future]] = (
             queue.SimpleQueue()
         )
-        self._threads, self._gpu = threads, gpu
+        self._cpus, self._gpus = cpus, gpus
         self._pack: Any = None
         self._imported = 0.0  # seconds
         threading.Thread(target=self._work, name="pack", daemon=True).start()
@@ -142,7 +146,7 @@ class PackHost:
 
         self._imported = time.perf_counter() - began
         hush()
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(max(1, int(self._cpus)))
         while True:
             self._obey(wait=not (self._pack and self._pack.trials))
             if self._pack and self._pack.trials:
@@ -190,15 +194,18 @@ class PackHost:
 
         from rayft.config.run import Run
         from rayft.trials.pack import Pack
+        from rayft.trials.room import everything
 
         self._close()
-        device = torch.device("cuda", 0) if self._gpu else torch.device("cpu")
+        device = torch.device("cuda", 0) if self._gpus else torch.device("cpu")
+        share = min(1.0, self._gpus) if self._gpus else min(1.0, self._cpus / _cpus_here())
         self._pack = Pack(
             Run.model_validate(opening.config),
             opening.data_dir,
             opening.data_hash,
             device,
             slots=opening.slots,
+            memory=everything(device, share),
             facts=opening.facts,
             divergence=opening.divergence,
         )
@@ -218,3 +225,9 @@ class PackHost:
         if self._pack is not None:
             self._pack.close()
             self._pack = None
+
+
+def _cpus_here() -> float:
+    """CPUs that Ray shares out on this node; each pack takes its own."""
+    here = ray.get_runtime_context().get_node_id()
+    return next(node["Resources"]["CPU"] for node in ray.nodes() if node["NodeID"] == here)

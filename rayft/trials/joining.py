@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from rayft.compose.assemble import Built, Parts, steps_of, train_stream
 from rayft.compose.data import Corpus
 from rayft.compose.job import Job
@@ -15,11 +17,13 @@ from rayft.config.run import Run
 from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError, InfeasibleError
 from rayft.core.storage import Storage
+from rayft.trials.forward import PackedModel
 from rayft.trials.initial import Start
 from rayft.trials.room import Claim, Room
 from rayft.trials.saving import Lane
 from rayft.trials.shelf import Row
 from rayft.trials.slots import Optimizer, Quiet, Slot, SlotEngine, SlotGenerators, record_of
+from rayft.trials.stepping import weigh
 from rayft.trials.types import NoRoom
 
 
@@ -65,7 +69,9 @@ def rows_of(run: Run) -> int:
 def claim_of(run: Run, row: Row, corpus: Corpus) -> Claim:
     """What a trial needs at most."""
     length = run.data.max_length if run.data.packing else int(corpus.train.lengths.max())
-    return Claim(row.layout.size, row.rows, length)
+    method = run.methods[0]
+    kind = (method.dropout > 0, method.dora)
+    return Claim(row.layout.size, row.rows, length, method.rank, kind)
 
 
 def find_room(room: Room, name: str, claim: Claim, others: list[Claim]) -> None:
@@ -80,6 +86,25 @@ def find_room(room: Room, name: str, claim: Claim, others: list[Claim]) -> None:
         )
     if need > room.limit:
         raise NoRoom(f"{name} would take its pack to {need / 2**30:.2f} GiB of {limit}")
+
+
+def weighed(room: Room, model: PackedModel, slot: Slot, claim: Claim, others: list[Claim]) -> None:
+    """Measure a trial that may keep more per token than those before it, before it is in, and look
+    again whether there is room. Raises as `find_room` does."""
+    if room.knows(claim):
+        return
+    try:
+        weigh(model, slot, claim, room)
+    except torch.OutOfMemoryError as error:
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the attempt took must not starve the others
+        if others:
+            raise NoRoom(f"{slot.trial} ran out of memory beside {len(others)} others") from error
+        raise InfeasibleError(
+            f"{slot.trial} runs out of memory, alone in its pack",
+            fix="lower train.micro_batch, data.max_length or methods.0.rank",
+        ) from error
+    find_room(room, slot.trial, claim, others)
 
 
 def make_slot(

@@ -26,9 +26,9 @@ from rayft.core.record import Status
 from rayft.models.load import check_vocabulary, load_model, load_tokenizer
 from rayft.models.quiet import hush
 from rayft.strategies.optim import build_optimizer
+from rayft.trials import joining
 from rayft.trials.forward import PackedModel
 from rayft.trials.initial import Start, fresh, twin
-from rayft.trials.joining import begin, check, claim_of, find_room, make_slot, refuse, rows_of
 from rayft.trials.room import Room, bytes_of, everything
 from rayft.trials.scoring import HeldOut
 from rayft.trials.shelf import Row
@@ -44,7 +44,7 @@ class Pack:
         run: of any trial: the base model, the targets, the objective and the data are read from it.
         data_dir, data_hash: compose.job.Prepared.uri and .hash.
         slots: trials at a time.
-        memory: bytes the pack may use; default all of the device.
+        memory: bytes the pack may use; default all of the device that nobody else holds.
         facts: "versions" and "hardware" for run.json.
         divergence: a held-out loss above this times the base model's is a diverged trial.
         optimizer: makes a trial's optimizer from its groups.
@@ -68,7 +68,7 @@ class Pack:
     ) -> None:
         began = time.perf_counter()
         hush()
-        refuse(run)
+        joining.refuse(run)
         self.run, self.device, self.slots = run, device, slots
         self._data_hash, self._facts, self._divergence = data_hash, dict(facts or {}), divergence
         self._optimizer = optimizer
@@ -134,37 +134,38 @@ class Pack:
             InfeasibleError: it would not fit even alone.
         """
         run = Run.model_validate(job.config)
-        check(run, job, self.run, self._data_hash)
+        joining.check(run, job, self.run, self._data_hash)
         if run.name in self._slots:
             raise ConfigError(f"{run.name} is in this pack already")
         if not self.free:
             raise NoRoom(f"all {self.slots} slots of the pack are taken")
         start = fresh(self._template, run)
-        row = start.row(rows_of(run))
-        others = [claim_of(slot.run, slot.row, self._corpus) for slot in self._slots.values()]
-        find_room(self._room, run.name, claim_of(run, row, self._corpus), others)
+        row = start.row(joining.rows_of(run))
+        others = [
+            joining.claim_of(slot.run, slot.row, self._corpus) for slot in self._slots.values()
+        ]
+        claim = joining.claim_of(run, row, self._corpus)
+        joining.find_room(self._room, run.name, claim, others)
         self._model.shelves.add(row, start.flat(row.layout))
         try:
-            slot = self._begun(job, run, start, row, source)
+            slot = self._made(job, run, start, row)
+            try:
+                joining.weighed(self._room, self._model, slot, claim, others)
+                joining.begin(slot, source, self.base)
+            except BaseException:
+                slot.let_go()
+                raise
         except BaseException:
             self._model.shelves.drop(row)
             raise
         self._slots[slot.trial] = slot
         if not self._stats["alone_step_seconds"]:
-            self._stats["alone_step_seconds"] = alone(self._model, slot, self._room)
+            self._stats["alone_step_seconds"] = alone(self._model, slot)
         return slot.step
 
-    def _begun(self, job: Job, run: Run, start: Start, row: Row, source: str | None) -> Slot:
-        batches, facts = self._held_out.batches, self._facts
-        slot = make_slot(
-            job, run, start, row, self._corpus, self._built, batches, self._optimizer, facts
-        )
-        try:
-            begin(slot, source, self.base)
-        except BaseException:
-            slot.let_go()
-            raise
-        return slot
+    def _made(self, job: Job, run: Run, start: Start, row: Row) -> Slot:
+        shared = (self._corpus, self._built, self._held_out.batches, self._optimizer, self._facts)
+        return joining.make_slot(job, run, start, row, *shared)
 
     def leave(self, trial: str, *, keep: bool) -> None:
         """Free the slot at once. `keep`: its best state is committed and stays, else its

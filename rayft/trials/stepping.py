@@ -13,7 +13,7 @@ from torch import Tensor
 from rayft.core.batch import Batch
 from rayft.core.reduce import counts
 from rayft.trials.forward import Guest, PackedModel
-from rayft.trials.room import Room
+from rayft.trials.room import Claim, Room
 from rayft.trials.shelf import Row
 from rayft.trials.slots import Slot
 
@@ -75,23 +75,33 @@ def gradients(model: PackedModel, windows: Mapping[Slot, list[Batch]]) -> dict[R
     return losses
 
 
-def alone(model: PackedModel, slot: Slot, room: Room) -> float:
-    """Seconds of forward and backward passes of a trial's next step by itself, and `room` told what
-    it takes; nothing of it stays."""
-    window = {slot: slot.session.parts.stream.window(slot.step + 1, 0, 1)}
-    state, times = slot.generators.state(), []
+def alone(model: PackedModel, slot: Slot) -> float:
+    """Seconds of forward and backward passes of a trial's next step by itself; nothing of it
+    stays."""
+    window = slot.session.parts.stream.window(slot.step + 1, 0, 1)
+    return statistics.median(_apart(model, slot, window) for _ in range(ALONE))
+
+
+def weigh(model: PackedModel, slot: Slot, claim: Claim, room: Room) -> None:
+    """Tell `room` what a forward and backward pass of a trial's largest micro-batch takes; nothing
+    of it stays."""
+    window = slot.session.parts.stream.window(slot.step + 1, 0, 1)
+    largest = max(window, key=lambda batch: batch.input_ids.numel())
 
     def once() -> int:
-        began = time.perf_counter()
-        gradients(model, window)
+        _apart(model, slot, [largest])
+        return largest.input_ids.numel()
+
+    room.measure(claim, once)
+
+
+def _apart(model: PackedModel, slot: Slot, window: list[Batch]) -> float:
+    """Seconds of forward and backward passes of one trial; its generators stay as they are."""
+    state, began = slot.generators.state(), time.perf_counter()
+    try:
+        gradients(model, {slot: window})
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
-        times.append(time.perf_counter() - began)
+        return time.perf_counter() - began
+    finally:
         slot.generators.restore(state, 0)
-        return model.most_tokens
-
-    room.measure(once)
-    times.clear()  # that one was watched
-    for _ in range(ALONE):
-        once()
-    return statistics.median(times)

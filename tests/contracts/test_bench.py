@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import subprocess
@@ -26,3 +28,49 @@ def test_the_plain_loop_and_rayft_are_compared_and_agree() -> None:
     assert set(found) == {"plain", "plain_chunk"}
     assert all(float(ratio) > 0 for ratio in found.values())
     assert "losses after 7 steps: the same" in done.stdout
+
+
+def bench(*arguments: str) -> str:
+    """Output of a benchmark that ran to its end."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=SCRIPT.parent,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_packed_trials_are_compared() -> None:
+    text = bench("packing.py", "--quick", "--device", "cpu", "--trials", "2", "--memory")
+    line = next(line for line in text.splitlines() if line.startswith("64 "))
+    numbers = [float(number) for number in re.findall(r"\d+\.\d+", line)]
+    assert len(numbers) == 1 + 3 * 3 and all(numbers)  # ms; three ratios, least and most of each
+    assert re.search(r"peak memory \d+\.\d+ GiB", text)
+
+
+def test_the_placement_is_simulated_in_seconds() -> None:
+    text = bench("packing.py", "planner")
+    rows = re.findall(
+        r"(longest first|as drawn) +\d+ +(\d) +(\d\.\d+) +(\d\.\d+) +(\d+\.\d+) s", text
+    )
+    assert len(rows) == 12
+    assert all(float(row[2]) >= 1 and 0 < float(row[3]) <= 1 for row in rows)
+    assert all(float(seconds) < 5 for *_, seconds in rows)
+
+
+def test_both_sides_of_the_sweep_get_the_same_trials(monkeypatch, tmp_path) -> None:
+    """And rayft takes the config that the benchmark writes."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import sweep
+
+    from rayft.config.load import load
+
+    args = argparse.Namespace(trials=32, steps=90)
+    run = load(sweep.config(args, tmp_path, "auto"))
+    assert list(run.sweep.space["trial"].paired) == sweep.trials(32)
+    assert run.sweep.count == 32 and run.train.steps == 90
+    assert len({json.dumps(trial) for trial in sweep.trials(32)}) == 32

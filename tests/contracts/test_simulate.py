@@ -49,6 +49,14 @@ def test_ten_thousand_trials_on_a_thousand_gpus():
         assert found.makespan <= 1.10 * found.bound and found.fullness >= 0.95
 
 
+def test_nobody_knows_the_lengths():
+    """First come, first served: enough trials per GPU hide the last survivors, ten do not."""
+    lengths = asha_lengths(10_000, 900, 100, 3)
+    many, few = (simulate(lengths, packs, 2, a=0.3, b=0.7) for packs in (300, 1000))
+    assert many.makespan <= 1.10 * many.bound and many.fullness >= 0.95
+    assert few.makespan > 1.2 * few.bound and few.fullness < 0.85  # as the README has it
+
+
 def test_lengths_of_successive_halving():
     lengths = asha_lengths(30_000, 900, 100, 3)
     shares = [lengths.count(steps) / len(lengths) for steps in (100, 300, 900)]
