@@ -54,11 +54,14 @@ class Desk:
         """The tokenised data of the sweep's own data section; trials may enter."""
         self._data = prepared
 
-    async def enter(self, trial: str, params: dict[str, Any], source: dict[str, Any] | None) -> Any:
+    async def enter(
+        self, trial: str, params: dict[str, Any], source: dict[str, Any] | None, heard: int
+    ) -> Any:
         """Wait for a place; the handle of the host that trains `trial` from now on.
 
         Args:
             source: {"trial", "folder"} to continue another trial's state with these params.
+            heard: the last step whose report its client has.
 
         Raises:
             RayftError: it can never run; `ConfigError` for params that make no valid config.
@@ -70,8 +73,8 @@ class Desk:
         run = applied(self._base, params, name=trial, storage=home)
         folder = source["folder"] if source and other else None
         if self._base.sweep.pack == "off" or why_alone(run):
-            return await self._alone(trial, run, folder), ""
-        return await self._packed(trial, run, folder)
+            return await self._alone(trial, run, folder, heard), ""
+        return await self._packed(trial, run, folder, heard)
 
     async def leave(self, trial: str, keep: bool) -> None:
         """The trial is over, or moves: its place is free."""
@@ -135,14 +138,16 @@ class Desk:
         host = PackHost.options(**options).remote(floor.cwd, floor.cpus, floor.gpus)
         return Pack(name, host)
 
-    async def _packed(self, trial: str, run: Run, source: str | None) -> tuple[Any, str]:
+    async def _packed(
+        self, trial: str, run: Run, source: str | None, heard: int
+    ) -> tuple[Any, str]:
         while True:
             pack = await self._slot(trial, run)
             self._where[trial] = pack
             alone = len(pack.trials) == 1
             try:
                 await self._open_for(pack, run)
-                await pack.host.join.remote(await self._job(run), source)
+                await pack.host.join.remote(await self._job(run), source, heard)
                 return pack.host, f"{pack.name}.{self._floor.start}"
             except ray.exceptions.RayActorError:
                 await self.lost(trial)
@@ -209,7 +214,7 @@ class Desk:
 
     # ---- runs of their own
 
-    async def _alone(self, trial: str, run: Run, source: str | None) -> Any:
+    async def _alone(self, trial: str, run: Run, source: str | None, heard: int) -> Any:
         from rayft.runtime.own_actor import OwnHost  # only here: it knows Ray Train
 
         await self._own.acquire()
@@ -217,7 +222,8 @@ class Desk:
         host = OwnHost.options(name=f"{name}-{secrets.token_hex(2)}").remote(self._floor.cwd)
         self._where[trial] = host
         prepared = await self._prepared(run)
-        await host.begin.remote(run.resolved(), prepared, source, self._base.sweep.divergence)
+        limit = self._base.sweep.divergence
+        await host.begin.remote(run.resolved(), prepared, source, limit, heard)
         return host
 
     # ---- both

@@ -22,6 +22,7 @@ from rayft.core.record import RunRecord
 from rayft.core.storage import Storage
 from rayft.runtime.interrupt import Interrupt
 from rayft.runtime.train import Seat, train
+from rayft.trials.retold import retold
 from rayft.trials.types import Standing, Told
 
 LEAVE = 30.0  # seconds that the workers get to go
@@ -36,10 +37,17 @@ class OwnSeat:
         prepared: its tokenised data.
         source: checkpoint folder of another trial to begin from, with this one's settings.
         divergence: a held-out loss above this times the base model's ends the trial.
+        heard: the last step whose report is known; later ones behind its commit come first.
     """
 
     def __init__(
-        self, run: Run, prepared: Prepared, *, source: str | None, divergence: float
+        self,
+        run: Run,
+        prepared: Prepared,
+        *,
+        source: str | None,
+        divergence: float,
+        heard: int,
     ) -> None:
         self._run, self._prepared = run, prepared
         self._home = Storage.open(run.storage).child(run.name)
@@ -50,10 +58,19 @@ class OwnSeat:
         self._diverged = ""
         if source:
             self._home.delete("run.json")  # that of the trial before it took other settings
+        else:
+            self._tell_again(heard)
         self._thread = threading.Thread(
             target=self._work, args=(source or "",), name=f"run-{run.name}", daemon=True
         )
         self._thread.start()
+
+    def _tell_again(self, heard: int) -> None:
+        from rayft.compose.commit import find_commit
+
+        found = find_commit(self._home, set_bad_aside=False)
+        for told in retold(self._home, heard, 0 if found is None else found.step):
+            self._told.put(told)
 
     def next(self) -> Told:
         """Wait for the next report; the last one again and again once it is over."""
@@ -96,7 +113,8 @@ class OwnSeat:
         standing, error = "done", ""
         try:
             seat = Seat(self._relay, self._interrupt, source)
-            train(self._run, prepare=lambda run, mapper: self._prepared, seat=seat)
+            record = train(self._run, prepare=lambda run, mapper: self._prepared, seat=seat)
+            self._relay.done(record)
         except DivergedError as problem:
             standing, error = "diverged", problem.what
         except InterruptedRun:
@@ -144,6 +162,14 @@ class _Relay:
 
     def close(self) -> None:
         """Nothing to restore."""
+
+    def done(self, record: RunRecord) -> None:
+        """What the run's record says counts: one that was done before has no events."""
+        self._step = record.steps
+        self._metrics |= record.eval
+        self._metrics["params_trainable"] = float(record.params_trainable)
+        if record.base:
+            self._metrics["base_loss"] = record.base["eval_loss"]
 
     def end(self, standing: Standing, error: str) -> Told:
         """The last report."""

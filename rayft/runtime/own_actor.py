@@ -29,10 +29,11 @@ class OwnHost:
         prepared: Prepared,
         source: str | None,
         divergence: float,
+        heard: int,
     ) -> None:
         """Start, or continue, the run."""
         run = Run.model_validate(config)
-        self._seat = OwnSeat(run, prepared, source=source, divergence=divergence)
+        self._seat = OwnSeat(run, prepared, source=source, divergence=divergence, heard=heard)
 
     def next(self, trial: str) -> Told:
         """The next report."""

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from rayft.compose.job import Job
+from rayft.core.storage import Storage
 from rayft.trials.types import Told
 
 
@@ -69,8 +70,8 @@ class PackHost:
         """Load the base and the data; a pack that was open is closed first."""
         await self._ask(lambda: self._open(opening))
 
-    async def join(self, job: Job, source: str | None) -> int:
-        """Admit a trial; the step it continues from.
+    async def join(self, job: Job, source: str | None, heard: int) -> None:
+        """Admit a trial. Reports after step `heard`, up to the commit it continues from, come first.
 
         Raises:
             NoRoom: not now. ConfigError, InfeasibleError: never.
@@ -78,7 +79,7 @@ class PackHost:
         name = job.config["name"]
         self._told[name] = asyncio.Queue()
         self._ended.pop(name, None)
-        return await self._ask(lambda: self._pack.admit(job, source))
+        await self._ask(lambda: self._join(job, source, heard))
 
     async def next(self, trial: str) -> Told:
         """The next report of a trial; its last one again and again once it is over."""
@@ -92,19 +93,15 @@ class PackHost:
     async def leave(self, trial: str, keep: bool) -> None:
         """Free the slot; nothing when the trial has left already."""
         await self._ask(lambda: self._leave(trial, keep))
-        self._last_word(Told(trial, 0, {}, "failed", "it was told to leave"))
+        # After all it has said: nobody may wait for a trial that says nothing more.
+        self._deliver([Told(trial, 0, {}, "failed", "it was told to leave")])
 
     async def move(self, trial: str) -> bool:
         """Commit a trial and let it out, for another pack; whether it was still in."""
         moved = await self._ask(lambda: self._move(trial))
         if moved:
-            self._last_word(Told(trial, 0, {}, "moved"))
+            self._deliver([Told(trial, 0, {}, "moved")])
         return moved
-
-    def _last_word(self, told: Told) -> None:
-        waiting = self._told.pop(told.trial, None)
-        if waiting is not None:  # nobody may wait for a trial that says nothing more
-            waiting.put_nowait(told)
 
     async def save(self, trial: str) -> str:
         """Commit a trial's present state; the address of its checkpoint folder."""
@@ -209,6 +206,19 @@ class PackHost:
             facts=opening.facts,
             divergence=opening.divergence,
         )
+
+    def _join(self, job: Job, source: str | None, heard: int) -> None:
+        from rayft.trials.retold import retold
+
+        step, name = self._pack.admit(job, source), job.config["name"]
+        if source is not None:
+            return  # what was said in its folder belongs to other settings
+        try:
+            told = retold(Storage.open(job.config["storage"]).child(name), heard, step)
+        except BaseException:
+            self._leave(name, keep=True)
+            raise
+        self._loop.call_soon_threadsafe(self._deliver, told)
 
     def _leave(self, trial: str, keep: bool) -> None:
         if self._pack and trial in self._pack.trials:

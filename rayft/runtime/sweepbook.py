@@ -83,6 +83,8 @@ class SweepBook:
         if result.get("standing") != "running":
             return
         with self._lock:
+            if self._knows(trial, result):
+                return
             before = self.best()
             facts = {key: result[key] for key in ("donor", "pack") if result.get(key)}
             self._add(trial, "running", int(result["step"]), params, metrics_of(result), **facts)
@@ -110,6 +112,13 @@ class SweepBook:
                     self.news.append(f"{trial} {standing} at step {step}: {facts.get('error', '')}")
             self._here[trial] = standing
             self._clear_losers()
+
+    def _knows(self, trial: str, result: dict[str, Any]) -> bool:
+        """A host says again what lies behind a trial's commit; the first line has more numbers."""
+        known, name = self.book.trials.get(trial), self.spec.metric
+        told = () if known is None or result.get("donor") else known.reports
+        step, value = int(result["step"]), result.get(name)
+        return any(r.step == step and r.metrics.get(name) == value for r in told)
 
     def stop(self, trial: str) -> None:
         """It ends where it is: the sweep does."""

@@ -55,6 +55,7 @@ class SweepTrial(Trainable):
         self._source: dict[str, Any] | None = None
         self._host: Any = None
         self._donor, self._pack = "", ""
+        self._heard = 0  # step of the last report
 
     def step(self) -> dict[str, Any]:
         """Wait for the next report. A host that dies is left for another one: the trial continues
@@ -62,8 +63,9 @@ class SweepTrial(Trainable):
         while True:
             try:
                 if self._host is None:
-                    asked = self._desk.enter.remote(self.trial_name, self._params, self._source)
-                    (self._host, self._pack), self._source = ray.get(asked), None
+                    asked = (self.trial_name, self._params, self._source, self._heard)
+                    self._host, self._pack = ray.get(self._desk.enter.remote(*asked))
+                    self._source = None
                 told: Told = ray.get(self._host.next.remote(self.trial_name))
                 if told.standing != "moved":
                     return self._result(told)
@@ -75,6 +77,7 @@ class SweepTrial(Trainable):
                 ray.get(self._desk.lost.remote(self.trial_name))
 
     def _result(self, told: Told) -> dict[str, Any]:
+        self._heard = max(self._heard, told.step)
         result = result_of(told, self._metric, self._mode) | {"pack": self._pack}
         if self._donor:
             result["donor"], self._donor = self._donor, ""
@@ -83,14 +86,14 @@ class SweepTrial(Trainable):
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         """A pointer to the trial's state, which is on storage when this returns."""
         if self._host is None:
-            return {"trial": self.trial_name, "folder": None}
+            return {"trial": self.trial_name, "folder": None, "heard": self._heard}
         folder = ray.get(self._host.save.remote(self.trial_name))
-        return {"trial": self.trial_name, "folder": folder}
+        return {"trial": self.trial_name, "folder": folder, "heard": self._heard}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Population-based training: go on from another trial's state, with this config."""
         if checkpoint and checkpoint["folder"]:
-            self._source = checkpoint
+            self._source, self._heard = checkpoint, checkpoint["heard"]
             self._donor = checkpoint["trial"] if checkpoint["trial"] != self.trial_name else ""
             self._host = None
 

@@ -12,6 +12,7 @@ from rayft.compose.commit import find_commit, names
 from rayft.compose.offline import evaluate_run, export_run
 from rayft.core.errors import ConfigError, InfeasibleError
 from rayft.trials.pack import Pack
+from rayft.trials.retold import retold
 from rayft.trials.types import NoRoom
 from tests.packs import Lab, Silent, finish, home_of, losses, record
 
@@ -107,6 +108,22 @@ def test_a_killed_pack_is_replayed_from_its_last_commit(lab, monkeypatch):
     alone = lab.run("killed", *DROP, where="killed-alone")
     lab.solo(alone)
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_what_a_trial_said_before_its_commit_can_be_read_again(lab):
+    run = lab.run("said")
+    pack = lab.pack(run)
+    said = [told for _ in range(6) for told in pack.step()]
+    pack.close()
+    home = home_of(run)
+    again = retold(home, 0, 6)
+    assert [told.step for told in again] == [told.step for told in said] == [4]
+    for one, other in zip(said, again, strict=True):
+        missing = {"seconds", "memory"}
+        assert other.metrics == {k: v for k, v in one.metrics.items() if k not in missing}
+    assert retold(home, 4, 6) == retold(home, 0, 3) == []
+    finish(lab.pack(run))
+    assert [told.step for told in retold(home, 0, 8)] == [4]  # the last one is told as its end
 
 
 def test_the_folder_is_that_of_a_run(lab):

@@ -244,6 +244,19 @@ def test_a_signal_ends_with_75_and_nothing_is_lost(tmp_path):
     assert running
     for trial in running:  # each has a commit to continue from
         assert list((tmp_path / f"s/trials/{trial.id}/checkpoints").glob("*/COMMIT.json"))
+    # A driver that dies between a trial's commit and its own line never heard that report: the
+    # trial says it again.
+    heard = told(tmp_path)
+    ledger = tmp_path / "s/trials.jsonl"
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(line for line in lines if '"eval_loss"' not in line))
+    again = started(tmp_path, {"scheduler": "none", "trials": 4})
+    said = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, said
+    now = told(tmp_path)
+    assert [list(steps) for steps in now.values()] == [[4, 8, 12]] * 4
+    for trial in running:
+        assert heard[trial.id].items() <= now[trial.id].items()
 
 
 def test_a_limit_of_time_ends_a_sweep_and_the_winner_is_trained_in_full(tmp_path):
