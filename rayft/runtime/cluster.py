@@ -132,6 +132,11 @@ def ceiling() -> dict[str, float] | None:
     return ray._private.state.state.get_max_resources_from_cluster_config()
 
 
+def has_dashboard() -> bool:
+    """Whether this cluster has one; Ray has no public call for this."""
+    return bool(ray._private.worker.get_dashboard_url())
+
+
 def passed_on() -> dict[str, str]:
     """The driver's variables that workers need as well (a local Ray inherits them anyway)."""
     return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}

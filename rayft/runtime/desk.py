@@ -19,10 +19,11 @@ from rayft.config.run import Run
 from rayft.config.space import applied
 from rayft.core.errors import RayftError
 from rayft.core.storage import Storage
-from rayft.runtime.floor import Floor, Pack, prepare_elsewhere
-from rayft.runtime.pack_actor import Opening, PackHost
+from rayft.runtime.floor import Floor, prepare_elsewhere
+from rayft.runtime.pack_actor import Opening
+from rayft.runtime.packs import Pack, Packs
 from rayft.trials.plan import pack_key, why_alone
-from rayft.trials.types import NoRoom
+from rayft.trials.types import NoRoom, Unshared
 
 DEATHS = 3  # of one trial's hosts before it is given up
 
@@ -34,20 +35,20 @@ class Desk:
     def __init__(self, floor: Floor) -> None:
         self._floor = floor
         self._base = Run.model_validate(floor.config)
-        self._packs: list[Pack] = []
+        self._packs: Packs | None = None
         self._data: Prepared | None = None
         self._where: dict[str, Pack | Any] = {}  # trial -> Pack, or the handle of its own host
         self._origin: dict[str, dict[str, Any]] = {}
         self._deaths: dict[str, int] = {}
-        self._changed = asyncio.Condition()
-        self._queue: list[str] = []  # trials that wait for a slot, longest first
         self._joins = 0
         self._own = asyncio.Semaphore(max(1, floor.alone))
+        self._given = 0  # packs that went in favour of runs of their own
+        self._news: list[str] = []  # lines for people
         self._stopping = False
 
     async def open(self) -> list[Any]:
         """Start the processes of all packs; they load torch while the data is still prepared."""
-        self._packs = [self._new(f"pack-{index}") for index in range(self._floor.packs)]
+        self._packs = Packs(self._floor, self._base.name)
         return [pack.host for pack in self._packs]
 
     async def begin(self, prepared: Prepared) -> None:
@@ -89,29 +90,30 @@ class Desk:
         place = self._where.get(trial)
         self._deaths[trial] = self._deaths.get(trial, 0) + 1
         await self._free(trial, keep=True, told=False)
-        if isinstance(place, Pack) and place in self._packs:
-            self._packs[self._packs.index(place)] = self._new(place.name)
-        await self._notify()
+        if isinstance(place, Pack):
+            await self._packs.replace(place)
         if self._deaths[trial] >= DEATHS:
             raise RayftError(f"the process that trained {trial} died {DEATHS} times")
 
     async def look(self) -> dict[str, Any]:
-        """For people: packs by name with their numbers, and how many trials wait."""
+        """For people: packs by name with their numbers, how many trials wait, and news."""
         for pack in self._packs:
             if pack.key is not None and not pack.opening:
                 try:
                     pack.stats = await asyncio.wait_for(pack.host.stats.remote(), 10)
                 except (TimeoutError, ray.exceptions.RayError):
                     continue  # dead or busy: the last numbers stand
+        news, self._news = self._news, []
         return {
+            "news": news,
             "packs": {p.name: {**p.stats, "trials": len(p.trials)} for p in self._packs if p.stats},
-            "waiting": len(self._queue),
+            "waiting": self._packs.waiting,
             "alone": sum(not isinstance(place, Pack) for place in self._where.values()),
         }
 
     async def warm(self) -> Any:
         """A process that has torch loaded and is free for other work; None without packs."""
-        return self._packs[0].host if self._packs else None
+        return next((pack.host for pack in self._packs if pack.ready), None)
 
     async def close(self) -> None:
         """Everyone who is still in is committed; then all hosts go."""
@@ -124,93 +126,51 @@ class Desk:
 
     # ---- packs
 
-    def _new(self, name: str) -> Pack:
-        floor = self._floor
-        options: dict[str, Any] = {
-            "name": f"rayft-{self._base.name}-{name}-{secrets.token_hex(2)}",
-            "num_cpus": floor.cpus,
-            "max_concurrency": 1000,
-        }
-        if floor.gpus:
-            options["num_gpus"] = floor.gpus
-        if floor.environment:
-            options["runtime_env"] = {"env_vars": floor.environment}
-        host = PackHost.options(**options).remote(floor.cwd, floor.cpus, floor.gpus)
-        return Pack(name, host)
-
     async def _packed(
         self, trial: str, run: Run, source: str | None, heard: int
     ) -> tuple[Any, str]:
+        key = pack_key(run)
         while True:
-            pack = await self._slot(trial, run)
+            pack = await self._packs.slot(trial, key)
+            if pack is None:
+                return await self._alone(trial, run, source, heard), ""
             self._where[trial] = pack
-            alone = len(pack.trials) == 1
+            first = len(pack.trials) == 1
             try:
-                await self._open_for(pack, run)
+                await self._packs.open(pack, key, await self._opening(run))
                 await pack.host.join.remote(await self._job(run), source, heard)
                 return pack.host, f"{pack.name}.{self._floor.start}"
             except ray.exceptions.RayActorError:
                 await self.lost(trial)
             except ray.exceptions.RayTaskError as error:
                 await self._forget(trial)
-                if alone or not isinstance(error.cause, NoRoom):
+                if isinstance(error.cause, Unshared) and self._floor.dashboard:
+                    await self._unshare(key, error.cause)
+                elif first or not isinstance(error.cause, NoRoom):
                     raise
-                pack.full = bool(pack.trials)
+                else:
+                    pack.full = bool(pack.trials)
 
-    async def _slot(self, trial: str, run: Run) -> Pack:
-        """A place in the emptiest pack that may take the trial, once there is one."""
-        key = pack_key(run)
-        async with self._changed:
-            self._queue.append(trial)
-            try:
-                while (pack := self._choose(key)) is None:
-                    await self._changed.wait()  # wakes in the order of waiting
-            finally:
-                self._queue.remove(trial)
-            pack.trials.add(trial)
-            return pack
+    async def _unshare(self, key: str, why: Unshared) -> None:
+        """Only the loaded model shows that its trials cannot share it. What such a trial asks for
+        is what a pack had: one process, with its CPUs and its GPU."""
+        gone = await self._packs.unshare(key)
+        if gone:
+            self._news.append(f"{why.what}: runs of their own")
+        for _ in range(gone if self._floor.alone or self._given else gone - 1):
+            self._own.release()
+        self._given += gone
 
-    def _choose(self, key: str) -> Pack | None:
-        fit = [
-            pack
-            for pack in self._packs
-            if pack.key == key and len(pack.trials) < self._floor.slots and not pack.full
-        ]
-        # An empty one of another kind is as good as a new one: only its base has to be loaded.
-        empty = [pack for pack in self._packs if not pack.trials]
-        candidates = sorted(fit, key=lambda pack: len(pack.trials))
-        fresh = [pack for pack in empty if pack.key is None] or empty
-        if candidates and (candidates[0].trials == set() or not fresh):
-            return candidates[0]
-        return fresh[0] if fresh else None
-
-    async def _open_for(self, pack: Pack, run: Run) -> None:
-        """Load the base for this kind of trial; others that come meanwhile wait for it."""
-        key = pack_key(run)
-        if pack.key == key:
-            while pack.opening:
-                async with self._changed:
-                    await self._changed.wait()
-            return
-        pack.key, pack.opening = key, True
+    async def _opening(self, run: Run) -> Opening:
         prepared = await self._prepared(run)
-        try:
-            await pack.host.open.remote(
-                Opening(
-                    config=run.resolved(),
-                    data_dir=prepared.uri,
-                    data_hash=prepared.hash,
-                    slots=self._floor.slots,
-                    divergence=self._base.sweep.divergence,
-                    facts=self._floor.facts,
-                )
-            )
-        except ray.exceptions.RayError:
-            pack.key = None
-            raise
-        finally:
-            pack.opening = False
-            await self._notify()
+        return Opening(
+            config=run.resolved(),
+            data_dir=prepared.uri,
+            data_hash=prepared.hash,
+            slots=self._floor.slots,
+            divergence=self._base.sweep.divergence,
+            facts=self._floor.facts,
+        )
 
     # ---- runs of their own
 
@@ -258,34 +218,12 @@ class Desk:
     async def _forget(self, trial: str) -> None:
         place = self._where.pop(trial, None)
         if isinstance(place, Pack):
-            place.trials.discard(trial)
-            place.full = False
-        await self._notify()
+            await self._packs.left(place, trial)
         await self._spread()
 
     async def _spread(self) -> None:
-        """When nobody waits and a pack has nothing to do, it gets a trial of the fullest one: at
-        the end of a sweep the last trials must not share one core while the others idle."""
-        idle = [pack for pack in self._packs if not pack.trials and pack.key is not None]
-        full = max(self._packs, key=lambda pack: len(pack.trials), default=None)
-        if self._stopping or self._queue or not idle or full is None or len(full.trials) < 2:
-            return
-        if full.moving or idle[0].key != full.key:
-            return
-        full.moving = True
-        try:
-            trial = max(full.trials)  # the youngest
-            if await full.host.move.remote(trial):
-                full.trials.discard(trial)
-                self._where.pop(trial, None)
-        except ray.exceptions.RayError:
-            return  # it died; its trials find out by themselves
-        finally:
-            full.moving = False
-
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+        if not self._stopping:
+            self._where.pop(await self._packs.spread(), None)
 
 
 def _reads(run: Run) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""What the front desk works with: the cluster's share of a sweep, and one pack process."""
+"""What the front desk works with: the cluster's share of a sweep, and data of other trials."""
 
 from __future__ import annotations
 
@@ -26,21 +26,8 @@ class Floor:
     start: int  # number of this start of the sweep: part of attempt names
     cwd: str
     environment: dict[str, str]
+    dashboard: bool  # without one, runs of their own would hang
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Pack:
-    """A host process, the key of what is loaded in it, and who is in."""
-
-    name: str
-    host: Any
-    key: str | None = None
-    trials: set[str] = field(default_factory=set)
-    full: bool = False  # refused for memory; until somebody leaves
-    opening: bool = False
-    moving: bool = False  # one of its trials is on its way to another pack
-    stats: dict[str, float] = field(default_factory=dict)
 
 
 @ray.remote(num_cpus=1, max_retries=2)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayft.compose.job import Prepared
 from rayft.config.run import Run
@@ -20,7 +21,7 @@ from rayft.core.errors import DataError
 from rayft.core.storage import Storage
 from rayft.runtime import preflight
 from rayft.runtime.book import versions
-from rayft.runtime.cluster import connected, hardware, nodes, passed_on
+from rayft.runtime.cluster import connected, hardware, has_dashboard, nodes, passed_on
 from rayft.runtime.desk import Desk
 from rayft.runtime.floor import Floor
 from rayft.runtime.interrupt import Interrupt
@@ -70,9 +71,13 @@ def ground(run: Run, book: SweepBook, view: SweepView, interrupt: Interrupt) -> 
             start=book.record.starts + 1,
             cwd=str(Path.cwd()),
             environment=passed_on() if address else {},
+            dashboard=has_dashboard(),
             facts={"versions": versions(), "hardware": facts},
         )
-        desk = Desk.options(name=f"rayft-{run.name}-desk-{os.getpid()}").remote(floor)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        name = f"rayft-{run.name}-desk-{os.getpid()}"
+        # With the driver: a node that is lost must not take the sweep with it.
+        desk = Desk.options(name=name, scheduling_strategy=here).remote(floor)
         try:
             hosts = ray.get(desk.open.remote())
             prepared = data.on(hosts)

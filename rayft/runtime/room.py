@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ray
-
 from rayft.config.run import Run
 from rayft.config.space import applied
 from rayft.core.errors import ConfigError, InfeasibleError
 from rayft.runtime import preflight
-from rayft.runtime.cluster import Node, ceiling
+from rayft.runtime.cluster import Node, ceiling, has_dashboard
 from rayft.trials.plan import default_slots, why_alone
 
 
@@ -65,7 +63,7 @@ def room_for(run: Run, living: Sequence[Node]) -> Room:
     if reasons:
         # What a trial asks for, at most; too little for even one is refused here.
         preflight.feasible(run, living, gpus, ceiling())
-        if ray._private.worker.get_dashboard_url() in (None, ""):
+        if not has_dashboard():
             raise InfeasibleError(
                 "this Ray cluster has no dashboard, and trials that run on their own would hang",
                 cause="without it Ray frees no placement group of a stopped run",

@@ -24,10 +24,11 @@ from rayft.core.storage import Storage
 from rayft.runtime.best import copy_winner, refit, write_config
 from rayft.runtime.ground import close, ground
 from rayft.runtime.interrupt import Interrupt, handling
+from rayft.runtime.schedule import remember, scheduler
 from rayft.runtime.search import Fixed, Search
 from rayft.runtime.sweepbook import SweepBook
 from rayft.runtime.sweepview import SweepView, sweep_view
-from rayft.runtime.tuning import WAITING, Phase, scheduler
+from rayft.runtime.tuning import WAITING, Phase
 from rayft.runtime.watch import Watch, state_of
 
 PERIOD = 0.5  # seconds between two looks at signals
@@ -127,11 +128,13 @@ class _Sweep:
         if left <= 0 or self._over():
             return
         watch = Watch(self.book, desk, self._over, self.ground.at_once)
+        how = scheduler(self.run)
+        remember(how, self.run, self.book.book)
         phase = Phase(
             self.run,
             desk,
             searcher,
-            scheduler(self.run),
+            how,
             watch,
             name_of=searcher.name_of,
             count=left,
@@ -231,6 +234,7 @@ class _Sweep:
             seen = ray.get(desk.look.remote(), timeout=10)
         except (ray.exceptions.RayError, TimeoutError):
             return
+        self.book.news += seen["news"]
         self.view.show(state_of(self.book, seen))
         if now - self._noted > LEDGER_PERIOD or force:
             self._noted = now

@@ -8,6 +8,7 @@ costs is one idle process.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -27,17 +28,22 @@ def said(error: ray.exceptions.RayTaskError) -> str:
     return f"{type(cause).__name__}: {(text.strip().splitlines() or [''])[0][:200]}"
 
 
+def score_of(standing: str, metrics: Mapping[str, float], metric: str, mode: str) -> float:
+    """What a report is worth to a scheduler."""
+    value = math.nan if standing in ("diverged", "failed") else metrics.get(metric, math.nan)
+    worst = WORST if mode == "min" else -WORST
+    return value if math.isfinite(value) else worst
+
+
 def result_of(told: Told, metric: str, mode: str) -> dict[str, Any]:
     """What Tune, its scheduler and its searcher get to see."""
     finite = {name: value for name, value in told.metrics.items() if math.isfinite(value)}
-    worst = WORST if mode == "min" else -WORST
-    good = told.standing in ("running", "done")
     return {
         **finite,
         "step": told.step,
         "standing": told.standing,
         "error_text": told.error,
-        SCORE: finite.get(metric, worst) if good else worst,
+        SCORE: score_of(told.standing, finite, metric, mode),
         "done": told.standing != "running",
     }
 

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from rayft.compose.step import TrainStep
 from rayft.core.batch import IGNORE, Batch
-from rayft.core.errors import ConfigError
 from rayft.core.protocols import Objective
 from rayft.core.reduce import scales, trial_losses
 from rayft.models.policy import CausalPolicy
 from rayft.trials.packed_lora import PackedLinear
 from rayft.trials.seating import Bunch, Desk, Drop, Seating
 from rayft.trials.shelf import LayerSize, Row, Shelves
+from rayft.trials.types import Unshared
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class PackedModel:
         recomputes: activations are computed again in the backward pass.
 
     Raises:
-        ConfigError: the model draws dropout of its own, or adapts its output head.
+        Unshared: the model draws dropout of its own, or adapts its output head.
     """
 
     rank, world = 0, 1
@@ -72,7 +72,7 @@ class PackedModel:
         for index, layer in enumerate(layers):
             base = model.get_submodule(layer.name)
             if base is head:
-                raise ConfigError(
+                raise Unshared(
                     "an adapter on the output head cannot share a pack",
                     fix="leave the head out of targets, or set sweep.pack=off",
                 )
@@ -209,7 +209,7 @@ def _refuse_dropout(model: PreTrainedModel) -> None:
         if isinstance(value, float) and value > 0 and ("dropout" in key or key.endswith("pdrop"))
     ]
     if drawn:
-        raise ConfigError(
+        raise Unshared(
             f"the base model has dropout of its own ({drawn[0]}), so its trials cannot share it",
             fix="set sweep.pack=off",
         )

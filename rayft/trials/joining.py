@@ -24,11 +24,11 @@ from rayft.trials.saving import Lane
 from rayft.trials.shelf import Row
 from rayft.trials.slots import Optimizer, Quiet, Slot, SlotEngine, SlotGenerators, record_of
 from rayft.trials.stepping import weigh
-from rayft.trials.types import NoRoom
+from rayft.trials.types import NoRoom, Unshared
 
 
 def refuse(run: Run) -> None:
-    """Raises ConfigError for what no pack can hold."""
+    """Raises Unshared for what no pack can hold."""
     reasons = {
         "8-bit optimizers": run.optim.kind != "adamw",
         # its outlier columns depend on all rows of a batch
@@ -37,7 +37,7 @@ def refuse(run: Run) -> None:
     }
     for what, there in reasons.items():
         if there:
-            raise ConfigError(f"{what} cannot share a pack", fix="set sweep.pack=off")
+            raise Unshared(f"{what} cannot share a pack", fix="set sweep.pack=off")
 
 
 def check(run: Run, job: Job, first: Run, data_hash: str) -> None:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from rayft.core.errors import ConfigError
 from rayft.trials.seating import Bunch, Desk, Seating, masks
 from rayft.trials.shelf import LayerSize, Shelf
+from rayft.trials.types import Unshared
 
 
 class PackedLinear(nn.Module):
@@ -43,7 +43,7 @@ class PackedLinear(nn.Module):
         if seating is None:
             return self.base(x)
         if x.shape[:-1] not in ((seating.rows, seating.length), (seating.rows * seating.length,)):
-            raise ConfigError(
+            raise Unshared(
                 f"{self.size.name} gets an input of shape {tuple(x.shape)}: its rows are not those "
                 "of the batch, so trials cannot share it",
                 fix="leave it out of the targets, or set sweep.pack=off",

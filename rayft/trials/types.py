@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rayft.core.errors import RayftError
+from rayft.core.errors import ConfigError, RayftError
 
 Standing = Literal["running", "done", "diverged", "failed", "moved"]
 """moved: it is committed and out; its client has to enter again."""
@@ -28,3 +28,7 @@ class Told:
 
 class NoRoom(RayftError):
     """A pack has no slot, or no memory, for this trial now; it has when another one leaves."""
+
+
+class Unshared(ConfigError):
+    """No trials can share this base, or these targets; each of them can still run on its own."""

@@ -1,0 +1,197 @@
+"""The packs of a sweep: their processes, who is in which, and who gets the next free slot."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from rayft.core.errors import RayftError
+from rayft.runtime.floor import Floor
+from rayft.runtime.pack_actor import Opening, PackHost
+
+STARTS = 3  # failures of new processes in a row before no more are started
+
+
+@dataclass(eq=False)
+class Pack:
+    """A host process, the key of what is loaded in it, and who is in."""
+
+    name: str
+    host: Any
+    ready: bool = False  # it has a place on a node, and its libraries are loaded
+    key: str | None = None
+    trials: set[str] = field(default_factory=set)
+    full: bool = False  # refused for memory; until somebody leaves
+    opening: bool = False
+    moving: bool = False  # one of its trials is on its way to another pack
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+class Packs:
+    """All packs. Lives in the desk's event loop."""
+
+    def __init__(self, floor: Floor, sweep: str) -> None:
+        self._floor, self._sweep = floor, sweep
+        self._changed = asyncio.Condition()
+        self._queue: list[str] = []  # trials that wait for a slot, longest first
+        self._unshared: set[str] = set()  # keys whose base no trials can share
+        self._failed, self._error = 0, ""
+        self._warming: set[asyncio.Task[None]] = set()
+        self._all = [self._new(f"pack-{index}") for index in range(floor.packs)]
+
+    def __iter__(self) -> Iterator[Pack]:
+        return iter(self._all)
+
+    @property
+    def waiting(self) -> int:
+        """Trials that wait for a slot."""
+        return len(self._queue)
+
+    def _new(self, name: str) -> Pack:
+        floor = self._floor
+        options: dict[str, Any] = {
+            "name": f"rayft-{self._sweep}-{name}-{secrets.token_hex(2)}",
+            "num_cpus": floor.cpus,
+            "max_concurrency": 1000,
+        }
+        if floor.gpus:
+            options["num_gpus"] = floor.gpus
+        if floor.environment:
+            options["runtime_env"] = {"env_vars": floor.environment}
+        pack = Pack(name, PackHost.options(**options).remote(floor.cwd, floor.cpus, floor.gpus))
+        task = asyncio.get_running_loop().create_task(self._warm(pack))
+        self._warming.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._warming.discard)
+        return pack
+
+    async def _warm(self, pack: Pack) -> None:
+        """Nobody enters before the process is there: after a lost node it may never be."""
+        try:
+            await pack.host.warmed.remote()
+        except ray.exceptions.RayError as error:
+            if pack not in self._all:
+                return  # it was told to go
+            self._failed, self._error = self._failed + 1, str(error)
+            await self.replace(pack)
+            return
+        self._failed, pack.ready = 0, True
+        await self.notify()
+
+    # ---- places
+
+    async def slot(self, trial: str, key: str) -> Pack | None:
+        """Wait for a place in the emptiest pack that may take the trial; None where none ever
+        will, because its base cannot be shared.
+
+        Raises:
+            RayftError: no pack process starts any more.
+        """
+        async with self._changed:
+            self._queue.append(trial)
+            try:
+                while (pack := self._choose(key)) is None:
+                    if key in self._unshared or not self._all:
+                        return None
+                    if self._failed >= STARTS:
+                        raise RayftError(f"no process for a pack starts: {self._error}")
+                    await self._changed.wait()  # wakes in the order of waiting
+            finally:
+                self._queue.remove(trial)
+            pack.trials.add(trial)
+            return pack
+
+    def _choose(self, key: str) -> Pack | None:
+        if key in self._unshared:
+            return None
+        ready = [pack for pack in self._all if pack.ready]
+        slots = self._floor.slots
+        fit = [p for p in ready if p.key == key and len(p.trials) < slots and not p.full]
+        # An empty one of another kind is as good as a new one: only its base has to be loaded.
+        empty = [pack for pack in ready if not pack.trials]
+        candidates = sorted(fit, key=lambda pack: len(pack.trials))
+        fresh = [pack for pack in empty if pack.key is None] or empty
+        if candidates and (not candidates[0].trials or not fresh):
+            return candidates[0]
+        return fresh[0] if fresh else None
+
+    async def open(self, pack: Pack, key: str, opening: Opening) -> None:
+        """Load the base for trials of this key; whoever comes meanwhile waits for it. Raises what
+        the host does."""
+        async with self._changed:
+            while pack.opening:
+                await self._changed.wait()
+        if pack.key == key:
+            return
+        pack.key, pack.opening = key, True
+        try:
+            await pack.host.open.remote(opening)
+        except ray.exceptions.RayError:
+            pack.key = None
+            raise
+        finally:
+            pack.opening = False
+            await self.notify()
+
+    async def left(self, pack: Pack, trial: str) -> None:
+        """The trial's place is free."""
+        pack.trials.discard(trial)
+        pack.full = False
+        await self.notify()
+
+    async def notify(self) -> None:
+        """Whoever waits looks again."""
+        async with self._changed:
+            self._changed.notify_all()
+
+    # ---- packs come and go
+
+    async def replace(self, pack: Pack) -> None:
+        """A new process for one that died."""
+        if pack in self._all:
+            index = self._all.index(pack)
+            if self._failed < STARTS:
+                self._all[index] = self._new(pack.name)
+            else:
+                self._all.remove(pack)
+        await self.notify()
+
+    async def unshare(self, key: str) -> int:
+        """No trials of this key can share their base: the packs that are empty leave the cluster to
+        runs of their own; how many went."""
+        self._unshared.add(key)
+        gone = [pack for pack in self._all if not pack.trials]
+        self._all = [pack for pack in self._all if pack.trials]
+        for pack in gone:
+            ray.kill(pack.host)
+        await self.notify()
+        return len(gone)
+
+    async def spread(self) -> str:
+        """When nobody waits and a pack has nothing to do, it gets a trial of the fullest one: at
+        the end of a sweep the last trials must not share one core while the others idle.
+
+        Returns:
+            The trial that has left its pack and will enter again; "" when none has.
+        """
+        idle = [pack for pack in self._all if pack.ready and not pack.trials and pack.key]
+        full = max(self._all, key=lambda pack: len(pack.trials), default=None)
+        if self._queue or not idle or full is None or len(full.trials) < 2:
+            return ""
+        if full.moving or all(pack.key != full.key for pack in idle):
+            return ""
+        full.moving = True
+        try:
+            trial = max(full.trials)  # the youngest
+            if not await full.host.move.remote(trial):
+                return ""
+            full.trials.discard(trial)
+            return trial
+        except ray.exceptions.RayError:
+            return ""  # it died; its trials find out by themselves
+        finally:
+            full.moving = False

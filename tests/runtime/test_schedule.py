@@ -1,0 +1,95 @@
+"""Schedulers: what a sweep that goes on has learned from the trials before."""
+
+from dataclasses import dataclass
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+
+from rayft.config.load import load
+from rayft.core.ledger import Book, fold
+from rayft.runtime.schedule import remember, scheduler
+from rayft.runtime.trial import SCORE
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A trial of this start."""
+
+    trial_id: str
+
+
+class Controller:
+    def get_live_trials(self):
+        return []
+
+
+def swept(kind: str, mode: str = "min"):
+    return load(
+        {
+            "name": "s", "model": "builtin:tiny", "data": {"train": "a", "eval": "b"},
+            "train": {"steps": 90, "eval_every": 10},
+            "sweep": {
+                "trials": 8, "space": {"optim.lr": {"loguniform": [1e-5, 1e-2]}},
+                "mode": mode, "metric": "eval_loss", "scheduler": kind,
+            },
+        }
+    )  # fmt: skip
+
+
+def lines(trial: str, *losses: float, status: str = "stopped", **facts):
+    """A trial that told `losses` every ten steps, and ended."""
+    base = {"trial": trial, "time": 1.0, "params": {}, **facts}
+    told = [
+        base | {"status": "running", "step": 10 * (n + 1), "eval_loss": loss}
+        for n, loss in enumerate(losses)
+    ]
+    return [*told, base | {"status": status, "step": 10 * len(losses)}]
+
+
+def verdict(run, book: Book, *losses: float) -> str:
+    """On a new trial, at its last report."""
+    how = scheduler(run)
+    remember(how, run, book)
+    trial = Fresh("fresh")
+    how.on_trial_add(Controller(), trial)
+    said = [
+        how.on_trial_result(Controller(), trial, {"step": 10 * (n + 1), SCORE: loss})
+        for n, loss in enumerate(losses)
+    ]
+    assert said[:-1] == [TrialScheduler.CONTINUE] * (len(said) - 1)
+    return said[-1]
+
+
+PAST = fold(
+    [line for n in range(4) for line in lines(f"t{n}", *(3.0 + n / 10 - k / 10 for k in range(4)))]
+)
+
+
+@pytest.mark.parametrize("kind", ["asha", "median"])
+def test_a_bad_trial_is_stopped_as_if_the_sweep_had_never_been_cut_off(kind):
+    run = swept(kind)
+    assert verdict(run, Book(), 9.0) == TrialScheduler.CONTINUE
+    assert verdict(run, PAST, 9.0) == TrialScheduler.STOP
+    assert verdict(run, PAST, 2.0, 1.9, 1.8) == TrialScheduler.CONTINUE
+
+
+def test_larger_can_be_better():
+    assert verdict(swept("asha", "max"), PAST, 9.0) == TrialScheduler.CONTINUE
+    assert verdict(swept("asha", "max"), PAST, 2.0) == TrialScheduler.STOP
+
+
+def test_a_diverged_trial_is_the_worst_and_a_repetition_does_not_count():
+    low = fold(lines("t0", 0.1, status="diverged"))  # its last number is none
+    assert verdict(swept("asha"), low, 9.0) == TrialScheduler.CONTINUE
+    again = fold(lines("t0-s1", 0.1, origin="t0"))
+    assert verdict(swept("asha"), again, 9.0) == TrialScheduler.CONTINUE
+
+
+@pytest.mark.parametrize("kind", ["none", "pbt"])
+def test_others_have_no_past(kind):
+    run = swept(kind)
+    if kind == "pbt":
+        run = load(run.resolved() | {"sweep": run.resolved()["sweep"] | {"search": "random"}})
+    how = scheduler(run)
+    remember(how, run, PAST)
+    assert not getattr(how, "_trial_state", {})

@@ -1,0 +1,142 @@
+"""Sweeps that lose what they stand on: a node, Ray itself; and bases that no trials can share."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rayft.config.load import load
+from rayft.core.ledger import read_ledger
+from rayft.runtime.cluster import connected
+from rayft.runtime.sweep import sweep
+from test_driver import free_port, until
+from test_sweep import BASE, config, home, started, told
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+
+@pytest.fixture
+def ray_here(quiet):
+    """A local Ray with its dashboard."""
+    with connected(dashboard=True):
+        yield
+
+
+@pytest.fixture
+def cluster(quiet):
+    """A head without CPUs and two nodes of one CPU, which this process has joined."""
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()},
+    )
+    for _ in range(2):
+        made.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    made.wait_for_nodes()
+    ray.init(address=made.address, namespace="rayft", log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_a_lost_node_costs_its_pack_and_nothing_else(cluster, tmp_path):
+    """No other node has room for another pack: its trials go on in the one that is left."""
+    block = {"trials": 4, "packs": 2, "slots": 2, "scheduler": "none"}
+    run = load(config(tmp_path, block, train=BASE["train"] | {"steps": 40}))
+    mine = ray.get_runtime_context().get_node_id()
+    spare = [n for n in cluster.worker_nodes if n.node_id != mine]
+    lost = []
+
+    def lose():
+        """A node, once both packs have a trial that has reported."""
+        trials = lambda: read_ledger(home(tmp_path)).trials.values()  # noqa: E731
+        until(lambda: len({t.pack for t in trials() if t.reports}) == 2, 200)
+        cluster.remove_node(spare[0], allow_graceful=False)
+        lost.append({t.id: t.step for t in trials() if not t.over})
+
+    thread = threading.Thread(target=lose, daemon=True)
+    thread.start()
+    record = sweep(run)
+    thread.join(1)
+    assert lost and lost[0] and record.status == "done"
+    for trial in read_ledger(home(tmp_path)).trials.values():
+        assert trial.status == "done"
+        assert [report.step for report in trial.reports] == list(range(4, 41, 4))
+
+
+def test_ray_itself_is_killed_then_the_same_command(tmp_path, quiet):
+    block = {"trials": 4, "packs": 2, "slots": 1, "scheduler": "none"}
+    first = started(tmp_path, block)
+    until(lambda: any(len(steps) == 3 for steps in told(tmp_path).values()), 120)
+    servers = [
+        process
+        for process in psutil.Process(first.pid).children(recursive=True)
+        if process.name() in ("raylet", "gcs_server")
+    ]
+    assert len(servers) == 2
+    for process in servers:
+        process.send_signal(signal.SIGKILL)
+    said = first.communicate(timeout=200)[0]
+    assert first.returncode not in (0, None), said
+    before = told(tmp_path)
+    again = started(tmp_path, block)
+    said = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, said
+    now = told(tmp_path)
+    assert [list(steps) for steps in now.values()] == [[4, 8, 12]] * 4
+    for name, steps in before.items():
+        assert steps == pytest.approx({s: now[name][s] for s in steps}, rel=1e-5)
+
+
+def test_a_base_with_dropout_of_its_own_is_trained_apart(ray_here, tmp_path, capsys):
+    """Only the loaded model shows it; the sweep goes on, and says so."""
+    folder = small_with_dropout(tmp_path / "model")
+    space = {"methods.0.rank": {"grid": [2, 4]}}
+    block = {"space": space, "search": "grid", "scheduler": "none", "trials": None}
+    short = BASE["train"] | {"steps": 4, "eval_every": 2}
+    record = sweep(load(config(tmp_path, block, train=short, model={"path": str(folder)})))
+    trials = read_ledger(home(tmp_path)).trials.values()
+    assert record.status == "done" and {trial.pack for trial in trials} == {""}
+    assert [trial.status for trial in trials] == ["done"] * 2
+    assert [[r.step for r in trial.reports] for trial in trials] == [[2, 4]] * 2
+    assert "dropout of its own (attention_dropout)" in capsys.readouterr().out
+    assert (tmp_path / "s/best/export/adapter_model.safetensors").exists()
+
+
+def small_with_dropout(folder: Path) -> Path:
+    """The embedded model's tokenizer over one layer whose attention has dropout."""
+    import shutil
+
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, attention_dropout=0.1, pad_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    source = Path(__file__).parents[2] / "rayft/models/tiny"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(source / name, folder / name)
+    return folder
+
+
+def test_a_population_of_runs_of_their_own_exploits(ray_here, tmp_path):
+    """Ray's own bridge from Train to Tune would do nothing here, silently."""
+    space = {"optim.lr": {"grid": [1e-7, 1e-2]}}
+    block = {
+        "trials": None, "space": space, "search": "grid", "pack": "off", "slots": None,
+        "packs": None, "scheduler": {"kind": "pbt", "quantile": 0.5, "every": 4, "resample": 0},
+    }  # fmt: skip
+    sweep(load(config(tmp_path, block, train=BASE["train"] | {"steps": 12})))
+    trials = read_ledger(home(tmp_path)).trials
+    copies = [(trial, step, donor) for trial in trials.values() for step, donor in trial.donors]
+    assert copies
+    for trial, step, donor in copies:
+        assert donor != trial.id
+        donors = {r.step: r.metrics["eval_loss"] for r in trials[donor].reports}
+        first = next(r for r in trial.reports if r.step >= step).metrics["eval_loss"]
+        assert first < donors[4] + 0.2 < 6.0
