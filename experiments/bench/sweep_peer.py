@@ -85,7 +85,7 @@ def rows(config: dict[str, Any], folder: str) -> dict[str, Any]:
     import rayft
     from rayft.compose.data import open_corpus, prepare_data
     from rayft.config.load import load
-    from rayft.models.load import BUILTIN
+    from rayft.models.tokenizer import BUILTIN
 
     run = load({key: value for key, value in config.items() if key not in ("trials", "sweep")})
     prepared = prepare_data(run, lambda function, items: [function(item) for item in items])

@@ -18,7 +18,8 @@ from trl import SFTConfig, SFTTrainer
 
 from rayft.config.strategies import DdpSpec
 from rayft.data.table import TokenTable
-from rayft.models.load import load_model, load_tokenizer
+from rayft.models.load import load_model
+from rayft.models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from rayft.config.run import Run
 from rayft.core.batch import Batch
 from rayft.core.protocols import Engine, Group, Method, Objective, Strategy
 from rayft.data.stream import EvalSet, TrainStream
-from rayft.models.load import check_vocabulary, load_model, load_tokenizer, model_facts
+from rayft.models.load import check_vocabulary, load_model, model_facts
 from rayft.models.policy import CausalPolicy
+from rayft.models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from rayft.compose.job import Prepared
 from rayft.config.run import ModelSpec, Run
 from rayft.core.errors import DataError
 from rayft.core.storage import Storage
-from rayft.data import Recipe, Shard, TokenTable, prepare, task_names, tokenise_shard
-from rayft.data.table import META, load
-from rayft.models.load import load_tokenizer
+from rayft.data.table import META, TokenTable, load
+from rayft.data.tokenise import prepare
+from rayft.data.work import Recipe, Shard, task_names, tokenise_shard
+from rayft.models.tokenizer import load_tokenizer
 
 Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 SEPARATOR = "+"  # between the hashes of training and held-out data

@@ -23,8 +23,8 @@ from rayft.config.run import ModelSpec
 from rayft.core.errors import StorageError
 from rayft.core.record import RunRecord
 from rayft.methods import load_adapter, merge_adapters
-from rayft.models import load_model
-from rayft.models.load import resolve
+from rayft.models.load import load_model
+from rayft.models.tokenizer import resolve
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",

@@ -205,7 +205,7 @@ class SweepSpec(Spec):
     pack: Literal["auto", "off"] = "auto"
     """auto: LoRA trials share one frozen base per GPU or CPU core; off: one Ray Train run each."""
     slots: int | None = Field(None, ge=1)
-    """Trials per pack; default: 16 on a GPU, 2 on a CPU core, fewer where memory ends."""
+    """Trials per pack; default: 16 on a GPU, 1 to 4 on a CPU core, fewer where memory ends."""
     packs: int | None = Field(None, ge=1)
     """Packs at most; default: one per GPU, without GPUs one per CPU core."""
     seeds: int = Field(1, ge=1)

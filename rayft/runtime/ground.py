@@ -126,8 +126,9 @@ class _Data(threading.Thread):
             self._error = error
 
     def _spread(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        if len(items) > 1:
-            self._ready.wait()
+        if len(items) == 1:  # done before any host has loaded its libraries
+            return [function(items[0])]
+        self._ready.wait()
         return self._mapper(function, items)
 
     def on(self, hosts: Sequence[Any]) -> Prepared:

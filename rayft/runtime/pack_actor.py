@@ -71,7 +71,8 @@ class PackHost:
         await self._ask(lambda: self._open(opening))
 
     async def join(self, job: Job, source: str | None, heard: int) -> None:
-        """Admit a trial. Reports after step `heard`, up to the commit it continues from, come first.
+        """Admit a trial; its reports after step `heard`, up to the commit it continues from, come
+        first.
 
         Raises:
             NoRoom: not now. ConfigError, InfeasibleError: never.
@@ -136,6 +137,8 @@ class PackHost:
 
     def _work(self) -> None:
         began = time.perf_counter()
+        # Packs compile nothing; bitsandbytes would load the compiler at import, for seconds.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         import torch  # slow; the actor answers meanwhile
 
         from rayft.models.quiet import hush

@@ -74,7 +74,7 @@ def room_for(run: Run, living: Sequence[Node]) -> Room:
     packs = _packs(run, living, gpus) if packable else 0
     if packs and alone:  # a mixed space: half each
         packs, alone = max(1, packs // 2), max(1, alone // 2)
-    slots = run.sweep.slots or default_slots(gpus > 0)
+    slots = run.sweep.slots or default_slots(run, gpus > 0)
     packs = min(packs, run.sweep.count)
     if packs * slots > run.sweep.count:  # fewer trials than slots: spread over the packs
         slots = -(-run.sweep.count // packs)

@@ -1,5 +1,5 @@
-"""The scheduler of a sweep: Ray Tune's, with steps for a clock, and what it learns from the ledger when
-a sweep goes on."""
+"""The scheduler of a sweep: Ray Tune's, with steps for a clock, and what it learns from the ledger
+when a sweep goes on."""
 
 from __future__ import annotations
 
@@ -100,4 +100,6 @@ def remember(how: TrialScheduler, run: Run, book: Book) -> None:
                 last = report.step == trial.step
                 standing = trial.status if last else "running"
                 score = score_of(standing, report.metrics, metric, mode)
-                how.on_trial_result(_Nobody(), past, {"step": report.step, SCORE: score})
+                said = how.on_trial_result(_Nobody(), past, {"step": report.step, SCORE: score})
+                if said == TrialScheduler.STOP and isinstance(how, MedianStoppingRule):
+                    break  # it takes no more reports of a trial that it would have stopped

@@ -23,8 +23,9 @@ from rayft.compose.session import peak_memory
 from rayft.config.run import Run
 from rayft.core.errors import ConfigError, DivergedError
 from rayft.core.record import Status
-from rayft.models.load import check_vocabulary, load_model, load_tokenizer
+from rayft.models.load import check_vocabulary, load_model
 from rayft.models.quiet import hush
+from rayft.models.tokenizer import load_tokenizer
 from rayft.strategies.optim import build_optimizer
 from rayft.trials import joining
 from rayft.trials.forward import PackedModel

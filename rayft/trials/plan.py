@@ -74,7 +74,11 @@ def pack_key(run: Run) -> str:
     return json.dumps(data, sort_keys=True)
 
 
-def default_slots(gpu: bool) -> int:
-    """Trials per pack: on a GPU width pays until the step is compute-bound; on one CPU core it
-    hardly pays, and fewer trials at a time let early stopping and the searcher know more."""
-    return 16 if gpu else 2
+def default_slots(run: Run, gpu: bool) -> int:
+    """Trials per pack: on a GPU width pays until the step is compute-bound. On one CPU core a few
+    hundred tokens are (experiments/README.md): more trials at a time are then only slower each, and
+    early stopping and the searcher know less when they decide."""
+    tokens = run.train.global_batch * run.data.max_length  # of a trial's step, at most
+    if gpu:
+        return 16
+    return 4 if tokens <= 256 else 2 if tokens <= 512 else 1

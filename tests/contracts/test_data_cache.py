@@ -17,12 +17,12 @@ from rayft.config.data import DataSpec
 from rayft.config.objectives import LmSpec, SftSpec
 from rayft.core.errors import ConfigError, DataError
 from rayft.core.storage import Storage
-from rayft.data import (
-    EvalSet,
-    TokenTable,
+from rayft.data.preview import pieces
+from rayft.data.stream import EvalSet
+from rayft.data.table import TokenTable
+from rayft.data.tokenise import prepare
+from rayft.data.work import (
     merge,
-    pieces,
-    prepare,
     recipe,
     sources_of,
     split_work,

@@ -17,7 +17,9 @@ from rayft.config.run import ModelSpec, Run
 from rayft.core.errors import ConfigError
 from rayft.core.record import RunRecord
 from rayft.methods import apply_all, build
-from rayft.models import check_vocabulary, generate, load_model, load_tokenizer
+from rayft.models.generate import generate
+from rayft.models.load import check_vocabulary, load_model
+from rayft.models.tokenizer import load_tokenizer
 from tests.small import VOCAB, llama, saved_llama
 
 

@@ -13,7 +13,8 @@ from rayft.config.methods import FullSpec, LoraSpec, MethodSpec
 from rayft.config.run import ModelSpec
 from rayft.core.errors import ConfigError, StorageError
 from rayft.methods import IMPLEMENTATIONS, apply_all, build, load_adapter
-from rayft.models import CausalPolicy, load_model, model_facts
+from rayft.models.load import load_model, model_facts
+from rayft.models.policy import CausalPolicy
 from tests.small import batch, llama, saved_llama
 
 BASES = ["fp32", "bf16", "int8", "nf4"]

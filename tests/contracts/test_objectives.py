@@ -11,7 +11,7 @@ import torch
 from rayft.config.objectives import LmSpec, ObjectiveSpec, SftSpec
 from rayft.core.batch import IGNORE, Batch
 from rayft.core.reduce import counts, reduce_rows, scales
-from rayft.models import CausalPolicy
+from rayft.models.policy import CausalPolicy
 from rayft.objectives import IMPLEMENTATIONS, build
 from tests.small import batch, llama
 

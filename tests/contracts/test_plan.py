@@ -142,4 +142,12 @@ def test_who_runs_alone():
     assert "full" in why_alone(load(BASE, ["methods=[{kind: full}]"]))
     both = ["train.gradient_checkpointing=true", "methods.0.dropout=0.1"]
     assert "dropout" in why_alone(load(BASE, both))
-    assert default_slots(True) > default_slots(False) >= 2
+
+
+def test_slots_by_the_size_of_a_step():
+    long = {"train.global_batch": 16, "data.max_length": 1024}
+    small, large = (
+        load(BASE, ["train.global_batch=4"]),
+        load(BASE, [f"{k}={v}" for k, v in long.items()]),
+    )
+    assert default_slots(large, True) > default_slots(small, False) > default_slots(large, False)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 
 from rayft.config.methods import FullSpec, LoraSpec
 from rayft.methods import apply_all, build
-from rayft.models import model_facts
+from rayft.models.load import model_facts
 from tests.small import batch, llama
 
 

@@ -23,7 +23,7 @@ from rayft.config.run import Run
 from rayft.core.record import RunRecord
 from rayft.core.series import read_series
 from rayft.core.storage import Storage
-from rayft.data import pack
+from rayft.data.packing import pack
 
 DOCUMENTS, STEPS, LR = 12, 20, 1e-3
 METHODS = {

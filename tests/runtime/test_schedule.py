@@ -23,14 +23,14 @@ class Controller:
         return []
 
 
-def swept(kind: str, mode: str = "min"):
+def swept(kind: str, mode: str = "min", search: str = "optuna"):
     return load(
         {
             "name": "s", "model": "builtin:tiny", "data": {"train": "a", "eval": "b"},
             "train": {"steps": 90, "eval_every": 10},
             "sweep": {
                 "trials": 8, "space": {"optim.lr": {"loguniform": [1e-5, 1e-2]}},
-                "mode": mode, "metric": "eval_loss", "scheduler": kind,
+                "mode": mode, "metric": "eval_loss", "scheduler": kind, "search": search,
             },
         }
     )  # fmt: skip
@@ -87,9 +87,7 @@ def test_a_diverged_trial_is_the_worst_and_a_repetition_does_not_count():
 
 @pytest.mark.parametrize("kind", ["none", "pbt"])
 def test_others_have_no_past(kind):
-    run = swept(kind)
-    if kind == "pbt":
-        run = load(run.resolved() | {"sweep": run.resolved()["sweep"] | {"search": "random"}})
+    run = swept(kind, search="random")
     how = scheduler(run)
     remember(how, run, PAST)
     assert not getattr(how, "_trial_state", {})

@@ -1,23 +1,21 @@
 """Sweeps that lose what they stand on: a node, Ray itself; and bases that no trials can share."""
 
-import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from test_driver import free_port, until
+from test_sweep import BASE, config, home, started, told
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayft.config.load import load
 from rayft.core.ledger import read_ledger
 from rayft.runtime.cluster import connected
 from rayft.runtime.sweep import sweep
-from test_driver import free_port, until
-from test_sweep import BASE, config, home, started, told
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -70,7 +68,8 @@ def test_a_lost_node_costs_its_pack_and_nothing_else(cluster, tmp_path):
         assert [report.step for report in trial.reports] == list(range(4, 41, 4))
 
 
-def test_ray_itself_is_killed_then_the_same_command(tmp_path, quiet):
+def test_ray_itself_is_killed_then_the_same_command(tmp_path, quiet, monkeypatch):
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a minute by default
     block = {"trials": 4, "packs": 2, "slots": 1, "scheduler": "none"}
     first = started(tmp_path, block)
     until(lambda: any(len(steps) == 3 for steps in told(tmp_path).values()), 120)
@@ -105,7 +104,7 @@ def test_a_base_with_dropout_of_its_own_is_trained_apart(ray_here, tmp_path, cap
     assert record.status == "done" and {trial.pack for trial in trials} == {""}
     assert [trial.status for trial in trials] == ["done"] * 2
     assert [[r.step for r in trial.reports] for trial in trials] == [[2, 4]] * 2
-    assert "dropout of its own (attention_dropout)" in capsys.readouterr().out
+    assert "dropout of its own (attention_dropout)" in capsys.readouterr().err
     assert (tmp_path / "s/best/export/adapter_model.safetensors").exists()
 
 
