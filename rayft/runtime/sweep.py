@@ -263,7 +263,7 @@ class _Sweep:
         trials = self.book.searched()
         where = f"{self.book.home.shown()}/report.html"
         ended = [trial for trial in trials if trial.over]
-        if len(ended) < len(trials):
+        if not trials or len(ended) < len(trials):
             return RayftError(
                 f"{self.reason or 'something'} ended the sweep before any trial was evaluated",
                 where=where,

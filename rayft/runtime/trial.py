@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.tune import Trainable
+from ray.tune import PlacementGroupFactory, Trainable
 
 from rayft.core.errors import RayftError
 from rayft.trials.types import Told
@@ -51,9 +51,12 @@ def result_of(told: Told, metric: str, mode: str) -> dict[str, Any]:
 class SweepTrial(Trainable):
     """Joins at its first step, so that a checkpoint to start from may be given before."""
 
-    def setup(self, config: dict[str, Any], desk: Any, metric: str, mode: str) -> None:
+    _desk: Any
+    _metric: str
+    _mode: str
+
+    def setup(self, config: dict[str, Any]) -> None:
         """Tune calls it once per process."""
-        self._desk, self._metric, self._mode = desk, metric, mode
         self._begin(config)
 
     def _begin(self, config: dict[str, Any]) -> None:
@@ -107,3 +110,14 @@ class SweepTrial(Trainable):
         """The process serves another trial, or the same one with other settings."""
         self._begin(new_config)
         return True
+
+
+def trial_class(
+    sweep: str, desk: Any, metric: str, mode: str, place: PlacementGroupFactory
+) -> type[SweepTrial]:
+    """SweepTrial at this desk. Ray's dashboard shows its processes by the name of the class, and
+    Tune's own wrappers would all have the same."""
+    name = f"rayft-{sweep}-trial"
+    facts = {"_desk": desk, "_metric": metric, "_mode": mode, "__qualname__": name}
+    facts["default_resource_request"] = classmethod(lambda cls, config: place)
+    return type(name, (SweepTrial,), facts)

@@ -15,7 +15,7 @@ from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher, Searc
 
 from rayft.config.run import Run
 from rayft.runtime.failure import first_line
-from rayft.runtime.trial import SweepTrial
+from rayft.runtime.trial import trial_class
 
 _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger is the log
@@ -185,11 +185,8 @@ class Phase(threading.Thread):
         place = tune.PlacementGroupFactory([{"CPU": 0, here: 0.001}])
         sweep = run.sweep
         limited = ConcurrencyLimiter(searcher, max_concurrent=most)
-        trainable = tune.with_resources(
-            tune.with_parameters(SweepTrial, desk=desk, metric=sweep.metric, mode=sweep.mode), place
-        )
         self._tuner = tune.Tuner(
-            trainable,
+            trial_class(run.name, desk, sweep.metric, sweep.mode, place),
             tune_config=tune.TuneConfig(
                 search_alg=_Drawn(SearchGenerator(limited)),
                 scheduler=how,

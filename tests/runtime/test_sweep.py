@@ -20,6 +20,7 @@ from rayft.core.record import RunRecord, SweepRecord
 from rayft.core.storage import Storage
 from rayft.runtime.cluster import connected
 from rayft.runtime.sweep import sweep
+from rayft.runtime.sweepbook import SweepBook
 from rayft.runtime.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -259,20 +260,29 @@ def test_a_signal_ends_with_75_and_nothing_is_lost(tmp_path):
         assert heard[trial.id].items() <= now[trial.id].items()
 
 
-def test_a_limit_of_time_ends_a_sweep_and_the_winner_is_trained_in_full(tmp_path):
+def test_a_limit_of_time_ends_a_sweep_and_the_winner_is_trained_in_full(tmp_path, monkeypatch):
     """The search stops at once; what was found is refitted as a Ray Train run for train.steps."""
+    # The clock jumps once a trial is over: on a machine of any speed that is in the middle.
+    passed = property(lambda book: 99.0 * any(t.over for t in book.book.trials.values()))
+    monkeypatch.setattr(SweepBook, "seconds", passed)
     block = {"trials": 1000, "max_seconds": 40, "steps": 6, "refit": True, "scheduler": "none"}
     short = BASE["train"] | {"steps": 8, "eval_every": 2}
-    began = time.monotonic()
     record = sweep(load(config(tmp_path, block, train=short)))
-    assert record.stopped_by == "max_seconds" and time.monotonic() - began < 120
+    assert record.stopped_by == "max_seconds"
     trials = read_ledger(home(tmp_path)).trials.values()
-    assert 1 <= len(trials) < 1000 and all(trial.over for trial in trials)
+    assert 1 <= len(trials) < 100 and all(trial.over for trial in trials)
     assert max(trial.step for trial in trials) <= 6
     best = RunRecord.from_json((tmp_path / "s/best/run.json").read_text())
     assert (best.status, best.steps, best.name) == ("done", 8, "best")
     assert record.refit["step"] == 8 and record.refit["metric"] == best.eval["eval_loss"]
     assert (tmp_path / "s/best/export/adapter_config.json").exists()
+
+
+def test_a_limit_that_leaves_no_time_for_any_trial(tmp_path):
+    run = load(config(tmp_path, {"max_seconds": 0.01}))
+    with pytest.raises(RayftError, match="max_seconds ended the sweep before any trial") as caught:
+        sweep(run)
+    assert caught.value.exit_code == 1 and "same command" in caught.value.fix
 
 
 def test_a_config_without_the_block_is_refused(tmp_path):
