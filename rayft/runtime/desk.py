@@ -81,8 +81,8 @@ class Desk:
         """The trial is over, or moves: its place is free."""
         await self._free(trial, keep=keep, told=True)
 
-    async def lost(self, trial: str) -> None:
-        """The trial's host died: count it, replace a pack, and let the trial enter again.
+    async def lost(self, trial: str, why: str) -> None:
+        """The trial's host broke: count it, replace a pack, and let the trial enter again.
 
         Raises:
             RayftError: its hosts have died too often.
@@ -90,10 +90,13 @@ class Desk:
         place = self._where.get(trial)
         self._deaths[trial] = self._deaths.get(trial, 0) + 1
         await self._free(trial, keep=True, told=False)
-        if isinstance(place, Pack):
+        if isinstance(place, Pack) and place in self._packs:
+            self._news.append(f"{place.name} is started again: {why}")
+            if "OutOfMemoryError" in why:
+                self._packs.narrow()
             await self._packs.replace(place)
         if self._deaths[trial] >= DEATHS:
-            raise RayftError(f"the process that trained {trial} died {DEATHS} times")
+            raise RayftError(f"lost {DEATHS} times: {why}")
 
     async def look(self) -> dict[str, Any]:
         """For people: packs by name with their numbers, how many trials wait, and news."""
@@ -141,7 +144,7 @@ class Desk:
                 await pack.host.join.remote(await self._job(run), source, heard)
                 return pack.host, f"{pack.name}.{self._floor.start}"
             except ray.exceptions.RayActorError:
-                await self.lost(trial)
+                await self.lost(trial, "its process died")
             except ray.exceptions.RayTaskError as error:
                 await self._forget(trial)
                 if isinstance(error.cause, Unshared) and self._floor.dashboard:
@@ -208,7 +211,8 @@ class Desk:
             return
         host = place.host if isinstance(place, Pack) else place
         if told:
-            with contextlib.suppress(ray.exceptions.RayActorError):  # gone, and the place with it
+            # Dead, or its files could not be written: the place is free all the same.
+            with contextlib.suppress(ray.exceptions.RayError):
                 await host.leave.remote(trial, keep)
         if not isinstance(place, Pack):
             ray.kill(host)

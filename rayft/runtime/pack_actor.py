@@ -178,9 +178,9 @@ class PackHost:
         try:
             told = self._pack.step()
         except Exception as error:  # the pack is lost; every trial in it must learn why
+            traceback.print_exc()  # into Ray's log of this process
             text = f"{type(error).__name__}: {error}"
-            trace = traceback.format_exc()
-            told = [Told(name, 0, {}, "failed", f"{text}\n{trace}") for name in inside]
+            told = [Told(name, 0, {}, "lost", text) for name in inside]
             self._pack = None
         self._loop.call_soon_threadsafe(self._deliver, told)
 

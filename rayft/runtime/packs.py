@@ -36,7 +36,7 @@ class Packs:
     """All packs. Lives in the desk's event loop."""
 
     def __init__(self, floor: Floor, sweep: str) -> None:
-        self._floor, self._sweep = floor, sweep
+        self._floor, self._sweep, self._slots = floor, sweep, floor.slots
         self._changed = asyncio.Condition()
         self._queue: list[str] = []  # trials that wait for a slot, longest first
         self._unshared: set[str] = set()  # keys whose base no trials can share
@@ -109,8 +109,7 @@ class Packs:
         if key in self._unshared:
             return None
         ready = [pack for pack in self._all if pack.ready]
-        slots = self._floor.slots
-        fit = [p for p in ready if p.key == key and len(p.trials) < slots and not p.full]
+        fit = [p for p in ready if p.key == key and len(p.trials) < self._slots and not p.full]
         # An empty one of another kind is as good as a new one: only its base has to be loaded.
         empty = [pack for pack in ready if not pack.trials]
         candidates = sorted(fit, key=lambda pack: len(pack.trials))
@@ -151,7 +150,8 @@ class Packs:
     # ---- packs come and go
 
     async def replace(self, pack: Pack) -> None:
-        """A new process for one that died."""
+        """A new process for one that broke."""
+        ray.kill(pack.host)  # it may be alive, and hold a GPU's memory
         if pack in self._all:
             index = self._all.index(pack)
             if self._failed < STARTS:
@@ -159,6 +159,10 @@ class Packs:
             else:
                 self._all.remove(pack)
         await self.notify()
+
+    def narrow(self) -> None:
+        """Half as many trials in a pack from now on: one ran out of memory all the same."""
+        self._slots = max(1, self._slots // 2)
 
     async def unshare(self, key: str) -> int:
         """No trials of this key can share their base: the packs that are empty leave the cluster to

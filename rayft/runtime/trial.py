@@ -76,14 +76,16 @@ class SweepTrial(Trainable):
                     self._host, self._pack = ray.get(self._desk.enter.remote(*asked))
                     self._source = None
                 told: Told = ray.get(self._host.next.remote(self.trial_name))
-                if told.standing != "moved":
+                if told.standing not in ("moved", "lost"):
                     return self._result(told)
                 self._host = None
+                if told.standing == "lost":
+                    ray.get(self._desk.lost.remote(self.trial_name, told.error))
             except ray.exceptions.RayTaskError as error:  # refused; another try changes nothing
                 return self._result(Told(self.trial_name, 0, {}, "failed", said(error)))
             except ray.exceptions.RayActorError:
                 self._host = None
-                ray.get(self._desk.lost.remote(self.trial_name))
+                ray.get(self._desk.lost.remote(self.trial_name, "its process died"))
 
     def _result(self, told: Told) -> dict[str, Any]:
         self._heard = max(self._heard, told.step)

@@ -8,7 +8,8 @@ leave between two steps. A trial's folder holds what its own run would leave the
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from rayft.compose.loop import StepResult, check_finite
 from rayft.compose.manifest import FOLDER, folder_name
 from rayft.compose.session import peak_memory
 from rayft.config.run import Run
-from rayft.core.errors import ConfigError, DivergedError
+from rayft.core.errors import ConfigError, DivergedError, RayftError, StorageError
 from rayft.core.record import Status
 from rayft.models.load import check_vocabulary, load_model
 from rayft.models.quiet import hush
@@ -30,6 +31,7 @@ from rayft.strategies.optim import build_optimizer
 from rayft.trials import joining
 from rayft.trials.forward import PackedModel
 from rayft.trials.initial import Start, fresh, twin
+from rayft.trials.meter import Meter
 from rayft.trials.room import Room, bytes_of, everything
 from rayft.trials.scoring import HeldOut
 from rayft.trials.shelf import Row
@@ -78,13 +80,11 @@ class Pack:
         batches = held_out(run, self._corpus, self._built, 0, 1)
         self._held_out = HeldOut(batches, self._corpus.tasks)
         self._slots: dict[str, Slot] = {}
-        names = ("steps", "busy", "seconds", "tokens", "alone_step_seconds", "alone_eval_seconds")
-        self._stats = dict.fromkeys(names, 0.0)
-        evaluated = time.perf_counter()
+        self._meter, evaluated = Meter(), time.perf_counter()
         self.base = self._held_out.base(self._model)
-        self._stats["alone_eval_seconds"] = time.perf_counter() - evaluated
+        self._meter.alone_eval_seconds = time.perf_counter() - evaluated
         self._room = Room(device, self._bytes, memory or everything(device))
-        self._stats["start_seconds"] = time.perf_counter() - began
+        self._meter.start_seconds = time.perf_counter() - began
 
     def _load(self) -> None:
         run, tokenizer = self.run, load_tokenizer(self.run.model)
@@ -160,8 +160,8 @@ class Pack:
             self._model.shelves.drop(row)
             raise
         self._slots[slot.trial] = slot
-        if not self._stats["alone_step_seconds"]:
-            self._stats["alone_step_seconds"] = alone(self._model, slot)
+        if not self._meter.alone_step_seconds:
+            self._meter.alone_step_seconds = alone(self._model, slot)
         return slot.step
 
     def _made(self, job: Job, run: Run, start: Start, row: Row) -> Slot:
@@ -200,13 +200,15 @@ class Pack:
         held = slot.last() if keep else None
         del self._slots[slot.trial]
         self._model.shelves.drop(slot.row)
-        slot.end(status, held, keep=keep, error=error)
+        if status == "failed":
+            slot.let_go()  # what is in its folder stays; nothing can be written there
+        else:
+            slot.end(status, held, keep=keep, error=error)
 
     def stats(self) -> dict[str, float]:
-        """slots, steps, busy (slot-seconds), seconds (stepping and evaluating), tokens (seen),
-        start_seconds, alone_step_seconds (forward and backward of the first trial's first step by
-        itself), alone_eval_seconds (of the base), memory (bytes)."""
-        return {**self._stats, "slots": self.slots, "memory": float(peak_memory(self.device))}
+        """What Meter has, slots, and memory (bytes)."""
+        memory = float(peak_memory(self.device))
+        return {**self._meter.numbers(), "slots": self.slots, "memory": memory}
 
     # ---- steps
 
@@ -215,40 +217,38 @@ class Pack:
         has left its slot and its files are durable when it is told."""
         # One that was cut off between its last commit and its end came back with nothing to do.
         over = [slot for slot in self._slots.values() if slot.step >= slot.schedule.total]
-        if over:
-            return [self._finished(slot) for slot in over]
+        if over or not self._slots:
+            return [self._ended(slot, {}, slot.metrics(0.0)) for slot in over]
         slots, began = list(self._slots.values()), time.perf_counter()
-        if not slots:
-            return []
         stepped = optimize(self._model, slots)
         seconds = time.perf_counter() - began
-        broken: dict[Slot, DivergedError] = {}
+        broken: dict[Slot, RayftError] = {}
         for slot in slots:
-            try:
+            with _apart(slot, broken):
                 self._note(slot, stepped[slot], seconds)
-            except DivergedError as error:
-                broken[slot] = error
         due = [s for s in slots if s not in broken and s.schedule.evaluates(s.step)]
         better = self._evaluate(due, broken)
-        self._charge(stepped, time.perf_counter() - began)
-        ended: dict[Slot, Standing] = dict.fromkeys(broken, "diverged")
-        ended |= {s: "done" for s in slots if s not in broken and s.step == s.schedule.total}
+        self._meter.charge(stepped, time.perf_counter() - began)
         for slot in slots:
-            self._save(slot, slot in better, ended.get(slot))
+            if slot not in broken:
+                with _apart(slot, broken):
+                    self._save(slot, slot in better)
         share = peak_memory(self.device) / len(slots)
-        told = []
-        for slot in slots:
-            standing, error = ended.get(slot, "running"), str(broken.get(slot, ""))
-            if slot in ended:
-                self._drop(slot, standing, keep=standing == "done", error=error)
-            if slot in ended or slot in due:
-                told.append(Told(slot.trial, slot.step, slot.metrics(share), standing, error))
-        return told
+        over = [slot for slot in slots if slot in broken or slot.step == slot.schedule.total]
+        told = [self._ended(slot, broken, slot.metrics(share)) for slot in over]
+        going = [slot for slot in due if slot not in over]
+        return [*told, *(Told(s.trial, s.step, s.metrics(share)) for s in going)]
 
-    def _finished(self, slot: Slot) -> Told:
-        told = Told(slot.trial, slot.step, slot.metrics(0.0), "done")
-        self._drop(slot, "done", keep=True)
-        return told
+    def _ended(self, slot: Slot, broken: dict[Slot, RayftError], metrics: dict[str, float]) -> Told:
+        """Take it out. Where its files cannot be written it has failed; the others stay."""
+        standing: Standing = "done"
+        if slot in broken:
+            standing = "diverged" if isinstance(broken[slot], DivergedError) else "failed"
+        with _apart(slot, broken):
+            self._drop(slot, standing, keep=standing == "done", error=str(broken.get(slot, "")))
+        if standing == "done" and slot in broken:
+            standing = "failed"
+        return Told(slot.trial, slot.step, metrics, standing, str(broken.get(slot, "")))
 
     def _note(self, slot: Slot, stepped: Stepped, seconds: float) -> None:
         slot.loss, step = stepped.loss, slot.step + 1
@@ -260,17 +260,7 @@ class Pack:
         result = StepResult(stepped.loss, stepped.norm, lrs, stepped.tokens, stepped.seen)
         session.log(step, result, seconds)
 
-    def _charge(self, stepped: Mapping[Slot, Stepped], seconds: float) -> None:
-        """Share the seconds of a step by tokens."""
-        seen = sum(one.seen for one in stepped.values())
-        for slot, one in stepped.items():
-            slot.charged += seconds * one.seen / max(seen, 1)
-        self._stats["steps"] += 1
-        self._stats["seconds"] += seconds
-        self._stats["busy"] += seconds * len(stepped)
-        self._stats["tokens"] += seen
-
-    def _evaluate(self, due: Sequence[Slot], broken: dict[Slot, DivergedError]) -> set[Slot]:
+    def _evaluate(self, due: Sequence[Slot], broken: dict[Slot, RayftError]) -> set[Slot]:
         """Evaluate and log; those whose state is their best so far. A loss far above the base's
         goes to `broken`."""
         if not due or not self._held_out.batches:
@@ -278,23 +268,32 @@ class Pack:
         better, start = set(), self.base["eval_loss"]
         scores = self._held_out.score(self._model, [slot.row for slot in due])
         for slot, found in zip(due, scores, strict=True):
-            best = slot.session.judge(slot.step, found)
-            if not found["eval_loss"] <= self._divergence * start:
-                broken[slot] = DivergedError(
-                    f"held-out loss {found['eval_loss']:.4g}, the base model has {start:.4g}",
-                    where=f"step {slot.step}",
-                    cause=f"above {self._divergence:g} times the base model's",
-                    fix="lower optim.lr or optim.clip",
-                )
-            elif best:
-                better.add(slot)
+            with _apart(slot, broken):
+                if slot.session.judge(slot.step, found):
+                    better.add(slot)
+                if not found["eval_loss"] <= self._divergence * start:
+                    raise DivergedError(
+                        f"held-out loss {found['eval_loss']:.4g}, the base model has {start:.4g}",
+                        where=f"step {slot.step}",
+                        cause=f"above {self._divergence:g} times the base model's",
+                        fix="lower optim.lr or optim.clip",
+                    )
         return better
 
-    def _save(self, slot: Slot, best: bool, standing: Standing | None) -> None:
+    def _save(self, slot: Slot, best: bool) -> None:
         """Hold the best state; commit when a commit is due (at the end: `_drop`)."""
         every = slot.run.train.save_every
         asked = every is not None and slot.step % every == 0
-        if standing is None and (asked or slot.lane.due):
+        if slot.step < slot.schedule.total and (asked or slot.lane.due):
             slot.lane.write(slot.hold(best))
-        elif best and standing != "diverged":
+        elif best:
             slot.lane.keep(slot.hold(best=True))
+
+
+@contextmanager
+def _apart(slot: Slot, broken: dict[Slot, RayftError]) -> Iterator[None]:
+    """One trial's loss, or its files, must not end the others."""
+    try:
+        yield
+    except (DivergedError, StorageError) as error:
+        broken.setdefault(slot, error)

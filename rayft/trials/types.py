@@ -7,8 +7,9 @@ from typing import Literal
 
 from rayft.core.errors import ConfigError, RayftError
 
-Standing = Literal["running", "done", "diverged", "failed", "moved"]
-"""moved: it is committed and out; its client has to enter again."""
+Standing = Literal["running", "done", "diverged", "failed", "moved", "lost"]
+"""moved: it is committed and out; lost: its pack broke, and what was not committed is gone. In both
+its client has to enter again."""
 
 
 @dataclass(frozen=True)

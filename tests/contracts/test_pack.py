@@ -126,6 +126,21 @@ def test_what_a_trial_said_before_its_commit_can_be_read_again(lab):
     assert [told.step for told in retold(home, 0, 8)] == [4]  # the last one is told as its end
 
 
+def test_a_trial_whose_files_cannot_be_written_fails_alone(lab):
+    doomed, fine = lab.run("doomed", where="torn"), lab.run("fine", where="torn")
+    alone = lab.run("fine", where="torn-alone")
+    pack = lab.pack(doomed, fine)
+    pack.step()
+    home = Path(home_of(doomed).uri)
+    home.rename(home.with_name("elsewhere"))
+    home.write_text("no folder")
+    ends = {told.trial: told for told in finish(pack) if told.standing != "running"}
+    assert (ends["doomed"].standing, ends["fine"].standing) == ("failed", "done")
+    assert "storage error" in ends["doomed"].error
+    finish(lab.pack(alone))
+    assert losses(fine) == losses(alone) and record(fine).status == "done"
+
+
 def test_the_folder_is_that_of_a_run(lab):
     """`rayft train` continues it; `rayft eval` and `rayft export` take it."""
     run, alone = lab.run("moves", *DROP), lab.run("moves", *DROP, where="moves-alone")

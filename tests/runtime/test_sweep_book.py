@@ -137,7 +137,9 @@ def test_what_people_see(book):
 def test_room_on_a_cluster():
     four = [Node("a", "a", {"CPU": 4})]
     packed = room_for(load(CONFIG), four)
-    assert (packed.packs, packed.slots, packed.alone) == (4, 2, 0) and packed.at_once == 8
+    assert (packed.packs, packed.slots, packed.alone) == (4, 1, 0) and packed.at_once == 4
+    small = room_for(load(CONFIG, ["data.max_length=32", "train.global_batch=8"]), four)
+    assert (small.packs, small.slots) == (4, 2)  # four slots, but only eight trials
     fewer = room_for(load(CONFIG, ["sweep.trials=3", "sweep.slots=4"]), four)
     assert (fewer.packs, fewer.slots) == (3, 1)
     big = [Node(name, name, {"CPU": 16, "GPU": 8}) for name in "ab"]

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util import list_named_actors
 from test_driver import free_port, until
 from test_sweep import BASE, config, home, started, told
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -68,6 +69,39 @@ def test_a_lost_node_costs_its_pack_and_nothing_else(cluster, tmp_path):
         assert [report.step for report in trial.reports] == list(range(4, 41, 4))
 
 
+def test_a_pack_that_breaks_is_started_again(ray_here, tmp_path, capsys):
+    """Its process lives, but a step failed: its trials go on from their commits in a new one."""
+    block = {"trials": 4, "packs": 2, "slots": 2, "scheduler": "none"}
+    done = []
+
+    def sabotage():
+        """In the first pack, the next step."""
+        until(lambda: any(told(tmp_path).values()), 200)
+        name = next(n for n in list_named_actors() if n.startswith("rayft-s-pack-0"))
+        done.append(ray.get(ray.get_actor(name).call.remote(break_once)))
+
+    thread = threading.Thread(target=sabotage, daemon=True)
+    thread.start()
+    record = sweep(load(config(tmp_path, block, train=BASE["train"] | {"steps": 40})))
+    thread.join(1)
+    assert done and record.status == "done"
+    trials = read_ledger(home(tmp_path)).trials.values()
+    assert [trial.status for trial in trials] == ["done"] * 4
+    assert all([r.step for r in t.reports] == list(range(4, 41, 4)) for t in trials)
+    assert "pack-0 is started again: RuntimeError: broken on purpose" in capsys.readouterr().err
+
+
+def break_once():
+    """Runs in a pack's process."""
+    from rayft.trials import pack
+
+    def broken(*_):
+        raise RuntimeError("broken on purpose")
+
+    pack.optimize = broken
+    return True
+
+
 def test_ray_itself_is_killed_then_the_same_command(tmp_path, quiet, monkeypatch):
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a minute by default
     block = {"trials": 4, "packs": 2, "slots": 1, "scheduler": "none"}
@@ -125,17 +159,18 @@ def small_with_dropout(folder: Path) -> Path:
 
 def test_a_population_of_runs_of_their_own_exploits(ray_here, tmp_path):
     """Ray's own bridge from Train to Tune would do nothing here, silently."""
-    space = {"optim.lr": {"grid": [1e-7, 1e-2]}}
+    space = {"optim.lr": {"grid": [1e-7, 3e-3]}}
     block = {
         "trials": None, "space": space, "search": "grid", "pack": "off", "slots": None,
-        "packs": None, "scheduler": {"kind": "pbt", "quantile": 0.5, "every": 4, "resample": 0},
+        "packs": None, "scheduler": {"kind": "pbt", "quantile": 0.5, "resample": 0},
     }  # fmt: skip
-    sweep(load(config(tmp_path, block, train=BASE["train"] | {"steps": 12})))
+    # Long enough that the two overlap, however unevenly they start.
+    long = BASE["train"] | {"steps": 450, "eval_every": 150}
+    sweep(load(config(tmp_path, block, train=long)))
     trials = read_ledger(home(tmp_path)).trials
     copies = [(trial, step, donor) for trial in trials.values() for step, donor in trial.donors]
     assert copies
     for trial, step, donor in copies:
         assert donor != trial.id
-        donors = {r.step: r.metrics["eval_loss"] for r in trials[donor].reports}
         first = next(r for r in trial.reports if r.step >= step).metrics["eval_loss"]
-        assert first < donors[4] + 0.2 < 6.0
+        assert first < 5.0  # alone, its rate leaves it at 6.1
