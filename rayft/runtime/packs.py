@@ -14,7 +14,7 @@ from rayft.core.errors import RayftError
 from rayft.runtime.floor import Floor
 from rayft.runtime.pack_actor import Opening, PackHost
 
-STARTS = 3  # failures of new processes in a row before no more are started
+STARTS = 3  # processes of one pack that die before they are ready, until no more is started
 
 
 @dataclass(eq=False)
@@ -24,6 +24,7 @@ class Pack:
     name: str
     host: Any
     ready: bool = False  # it has a place on a node, and its libraries are loaded
+    failed: int = 0  # processes before this one that were never ready
     key: str | None = None
     trials: set[str] = field(default_factory=set)
     full: bool = False  # refused for memory; until somebody leaves
@@ -40,7 +41,7 @@ class Packs:
         self._changed = asyncio.Condition()
         self._queue: list[str] = []  # trials that wait for a slot, longest first
         self._unshared: set[str] = set()  # keys whose base no trials can share
-        self._failed, self._error = 0, ""
+        self._error = ""
         self._warming: set[asyncio.Task[None]] = set()
         self._all = [self._new(f"pack-{index}") for index in range(floor.packs)]
 
@@ -52,7 +53,7 @@ class Packs:
         """Trials that wait for a slot."""
         return len(self._queue)
 
-    def _new(self, name: str) -> Pack:
+    def _new(self, name: str, failed: int = 0) -> Pack:
         floor = self._floor
         options: dict[str, Any] = {
             "name": f"rayft-{self._sweep}-{name}-{secrets.token_hex(2)}",
@@ -63,7 +64,8 @@ class Packs:
             options["num_gpus"] = floor.gpus
         if floor.environment:
             options["runtime_env"] = {"env_vars": floor.environment}
-        pack = Pack(name, PackHost.options(**options).remote(floor.cwd, floor.cpus, floor.gpus))
+        host = PackHost.options(**options).remote(floor.cwd, floor.cpus, floor.gpus)
+        pack = Pack(name, host, failed=failed)
         task = asyncio.get_running_loop().create_task(self._warm(pack))
         self._warming.add(task)  # the loop itself holds tasks only weakly
         task.add_done_callback(self._warming.discard)
@@ -76,10 +78,10 @@ class Packs:
         except ray.exceptions.RayError as error:
             if pack not in self._all:
                 return  # it was told to go
-            self._failed, self._error = self._failed + 1, str(error)
+            self._error = str(error)
             await self.replace(pack)
             return
-        self._failed, pack.ready = 0, True
+        pack.ready = True
         await self.notify()
 
     # ---- places
@@ -95,9 +97,9 @@ class Packs:
             self._queue.append(trial)
             try:
                 while (pack := self._choose(key)) is None:
-                    if key in self._unshared or not self._all:
+                    if key in self._unshared or not (self._all or self._error):
                         return None
-                    if self._failed >= STARTS:
+                    if not self._all:
                         raise RayftError(f"no process for a pack starts: {self._error}")
                     await self._changed.wait()  # wakes in the order of waiting
             finally:
@@ -153,11 +155,10 @@ class Packs:
         """A new process for one that broke."""
         ray.kill(pack.host)  # it may be alive, and hold a GPU's memory
         if pack in self._all:
+            failed = 0 if pack.ready else pack.failed + 1
+            next_one = [self._new(pack.name, failed)] if failed < STARTS else []
             index = self._all.index(pack)
-            if self._failed < STARTS:
-                self._all[index] = self._new(pack.name)
-            else:
-                self._all.remove(pack)
+            self._all[index : index + 1] = next_one
         await self.notify()
 
     def narrow(self) -> None:
