@@ -97,7 +97,7 @@ def _sentence(packs: int, slots: int, alone: int, gpus: float, reasons: list[str
     parts = []
     if packs:
         where = "GPU" if gpus else "CPU core"
-        parts.append(f"{packs} packs of {slots} trials, one per {where}")
+        parts.append(f"{packs} packs of {slots} trial{'s' * (slots > 1)}, one per {where}")
     if alone:
         why = "; ".join(reasons)
         parts.append(f"{alone} trials at a time as runs of their own ({why})")

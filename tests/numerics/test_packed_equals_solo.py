@@ -83,7 +83,7 @@ def test_in_float64_with_sgd_nothing_differs(tmp_path, monkeypatch):
     slots = [pack._slots[run.name] for run in runs]
     # the solo runs share this process: each gets its own generator state back for its step
     states = [slot.generators.cpu.get_state() for slot in slots]
-    for step in range(1, 13):
+    for step in range(1, 51):
         found = optimize(pack._model, slots)
         for index, (part, slot) in enumerate(zip(parts, slots, strict=True)):
             torch.set_rng_state(states[index])
