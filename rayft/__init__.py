@@ -9,6 +9,7 @@ Importing rayft imports neither torch nor ray.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,17 @@ __all__ = ["__version__", "load", "sweep", "train"]
 
 # By name, at the call: rooms may import rayft.__version__ without importing what is above them.
 _API = "rayft.api"
+
+
+def _other_than_kernels(record: logging.LogRecord) -> bool:
+    """False for bitsandbytes' advice to install the `kernels` package."""
+    return not record.msg.startswith("Failed to load CPU gemm_4bit_forward from kernels-community")
+
+
+# Given while bitsandbytes is imported, on CPUs with AVX512-BF16, whoever imports it first (peft,
+# transformers, we); so it is filtered here, before any of them. The kernel is one for the path that
+# rayft's layers never take (models/load.py::keep_nf4_as_loaded); other messages pass.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_other_than_kernels)
 
 
 def load(config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()) -> Run:

@@ -151,6 +151,7 @@ def pair_cases() -> list[Case]:
         again = replace(quantised, name=f"nf4-{name}-again", start=3, steps=3, load=f"nf4-{name}")
         cases += [quantised, again]
         cases.append(replace(quantised, name=f"nf4-bf16-{name}", model=NF4_BF16, steps=3))
+        cases.append(replace(quantised, name=f"nf4-{name}-other-cpu", cpu_reading=0))
     return cases
 
 

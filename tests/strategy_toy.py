@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from rayft.core.batch import IGNORE, Batch
 from rayft.core.protocols import Engine, Group, Strategy
 from rayft.core.reduce import sum_over_ranks
 from rayft.core.shards import Shard
+from rayft.models.load import keep_nf4_as_loaded
 from rayft.strategies import build
 from rayft.strategies.optim import group_lrs, schedule
 
@@ -125,6 +127,7 @@ class Case:
     steps: int = STEPS
     load: str = ""  # case whose shards (of step SAVE) are loaded first
     save: int = SAVE
+    cpu_reading: int = 1  # whether bitsandbytes takes this CPU for one with AVX512-BF16
     poison: int = 0  # a step whose loss is made infinite
     birth: bool = False  # measure the creation of a larger model, and nothing else
 
@@ -159,9 +162,11 @@ def load_base(model: ModelSpec, tied: bool) -> nn.Module:
         quant = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
-    return AutoModelForCausalLM.from_pretrained(
+    made = AutoModelForCausalLM.from_pretrained(
         base_folder(tied), dtype=dtype, quantization_config=quant
     )
+    keep_nf4_as_loaded(made)
+    return made
 
 
 def base_folder(tied: bool) -> str:
@@ -252,6 +257,7 @@ def strategy_of(case: Case) -> Strategy:
 def run_case(case: Case, folder: Path) -> dict[str, Any]:
     """What one rank measured: losses, norms, lrs, parameters at the end, the shard of `save`."""
     strategy = strategy_of(case)
+    bnb.nn.modules.has_avx512bf16 = lambda: case.cpu_reading  # this process runs nothing but cases
     with strategy.loading():
         model = load_base(case.model, case.tied)
     if case.checkpointing:

@@ -9,6 +9,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -80,12 +81,28 @@ def load_model(
                 **common,
                 **_quantised(spec, quant_storage, device),
             )
+    keep_nf4_as_loaded(model)
     if spec.quant == "none" and not is_deepspeed_zero3_enabled():
         model.to(device)
     model.requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def keep_nf4_as_loaded(model: nn.Module) -> None:
+    """Switch off, in every Linear4bit of `model`, bitsandbytes' repacking for inference.
+
+    On CPUs with AVX512-BF16, a layer that runs once in eval mode on an input without gradient
+    rewrites its codes and block constants for a bf16 kernel that has no backward pass, for good.
+    From then on its input gets no gradient, in silence; widths that 32 does not divide raise; and
+    fp32 is evaluated in bf16. A base that trains must be the same before and after an evaluation,
+    on every CPU. The switch is the layer's own and survives whatever is done to the model later
+    (adapters wrap the layer itself, copies copy it).
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def model_facts(model: PreTrainedModel) -> ModelFacts:

@@ -53,8 +53,10 @@ def adapter(folder, out, spec: LoraSpec, quant: str) -> ModelSpec:
 
 
 @pytest.mark.parametrize("spec", [LoraSpec(rank=4), LoraSpec(rank=4, dora=True)])
-@pytest.mark.parametrize("quant", ["none", "nf4"])
-def test_merge_into_the_unquantised_base(spec, quant, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("quant", "cpu_reading"), [("none", None), ("nf4", 0), ("nf4", 1)], indirect=["cpu_reading"]
+)
+def test_merge_into_the_unquantised_base(spec, quant, cpu_reading, folder, tmp_path):
     base = adapter(folder, tmp_path / "adapter", spec, quant)
     tokens = load_tokenizer(base)
     report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", tokens)

@@ -48,8 +48,12 @@ def gap(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("base", BASES)
-def test_a_trial_has_the_losses_of_its_own_run(base, tmp_path):
+@pytest.mark.parametrize(
+    ("base", "cpu_reading"),
+    [*((base, None) for base in BASES if base != "nf4"), ("nf4", 0), ("nf4", 1)],
+    indirect=["cpu_reading"],
+)
+def test_a_trial_has_the_losses_of_its_own_run(base, cpu_reading, tmp_path):
     changes, steps, bound = BASES[base]
     names = MIX if base == "fp32" else FEW
     lab = Lab(tmp_path, *changes, steps=steps)
