@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import rayft
+from rayft.core.address import below, redact
 from rayft.core.errors import MAX_LINES, ConfigError, RayftError
 
 if TYPE_CHECKING:
@@ -90,11 +91,11 @@ def check(
 def train(config: Config, overrides: Overrides = None) -> None:
     """Run, or continue the unfinished run of that name."""
     run = rayft.load(config, overrides or ())
-    folder = f"{run.storage.rstrip('/')}/{run.name}"
+    folder = below(run.storage, run.name)
     _folder.set(folder)
     from rayft.runtime.train import train as start
 
-    record = start(run, again=shlex.join(["rayft", "train", config, *(overrides or ())]))
+    record = start(run, again=_typed("train", config, overrides))
     typer.echo("\n".join(_summary(record, folder)))
 
 
@@ -102,11 +103,11 @@ def train(config: Config, overrides: Overrides = None) -> None:
 def sweep(config: Config, overrides: Overrides = None) -> None:
     """Search the sweep block of a config, or continue; leaves best/ and report.html."""
     run = rayft.load(config, overrides or ())
-    folder = f"{run.storage.rstrip('/')}/{run.name}"
+    folder = below(run.storage, run.name)
     _folder.set(folder)
     from rayft.runtime.sweep import sweep as start
 
-    record = start(run, again=shlex.join(["rayft", "sweep", config, *(overrides or ())]))
+    record = start(run, again=_typed("sweep", config, overrides))
     typer.echo("\n".join(_found(record, folder)))
 
 
@@ -164,6 +165,11 @@ def report(
         typer.echo(address)
 
 
+def _typed(command: str, config: str, overrides: list[str] | None) -> str:
+    """The command line that continues a run: what was typed, without credentials."""
+    return shlex.join(["rayft", command, *(redact(text) for text in (config, *(overrides or ())))])
+
+
 def _searched(run: Run) -> str:
     """`32 trials of at most 90 steps, optuna, asha`."""
     sweep = run.sweep
@@ -190,7 +196,8 @@ def _summary(record: RunRecord, folder: str) -> list[str]:
             lines.append(f"  {label}: base {record.base[name]:.4f} -> tuned {tuned:.4f} ({ppl})")
     if record.best:
         lines.append(f"  best: {record.best.metric:.4f} at step {record.best.step}")
-    lines += [f"  export: {folder}/export", f"  next: rayft eval {folder} --generate 64"]
+    again = shlex.join(["rayft", "eval", folder, "--generate", "64"])
+    lines += [f"  export: {below(folder, 'export')}", f"  next: {again}"]
     return lines
 
 
@@ -205,7 +212,8 @@ def _found(record: SweepRecord, folder: str) -> list[str]:
         f"    {path}: {value:.6g}" if isinstance(value, float) else f"    {path}: {value}"
         for path, value in best["params"].items()
     ]
-    lines += [f"  report: {folder}/report.html", f"  next: rayft export {folder}/best --merge"]
+    again = shlex.join(["rayft", "export", below(folder, "best"), "--merge"])
+    lines += [f"  report: {below(folder, 'report.html')}", f"  next: {again}"]
     return lines
 
 
@@ -240,11 +248,11 @@ def _help(arguments: list[str] | None) -> str:
 def _unexpected(error: Exception) -> list[str]:
     """What an error that rayft does not know says, the innermost line of rayft it passed, and the
     log."""
-    said = [line.rstrip()[:200] for line in str(error).splitlines() if line.strip()]
+    said = [line.rstrip()[:200] for line in redact(str(error)).splitlines() if line.strip()]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "rayft" in f.filename]
     where = [f"  where: {frames[-1].filename}:{frames[-1].lineno}"] if frames else []
     # Ray puts a remote traceback into the message; its last lines are the ones that say something.
-    head = [f"error: {type(error).__name__}: {said[0]}" if said else f"error: {error!r}"]
+    head = [redact(f"error: {type(error).__name__}: {said[0]}" if said else f"error: {error!r}")]
     return [*head, *(f"  {line.strip()}" for line in said[1:][-8:]), *where, _log(error)]
 
 
@@ -254,7 +262,7 @@ def _log(error: Exception) -> str:
     folder = Path(_folder.get())
     if not folder.name or not folder.is_dir():
         folder = Path(tempfile.gettempdir())
-    text = "".join(traceback.format_exception(error))
+    text = redact("".join(traceback.format_exception(error)))
     try:
         (folder / name).write_text(text, encoding="utf-8")
     except OSError as reason:  # a full disk must not hide the error itself

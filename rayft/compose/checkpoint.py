@@ -32,11 +32,13 @@ from rayft.compose.manifest import (
 )
 from rayft.compose.shardfile import Index, Staging, index_of, write_shard
 from rayft.core import failpoints
-from rayft.core.errors import RayftError, StorageError
+from rayft.core.errors import PermanentStorageError, RayftError, StorageError
 from rayft.core.shards import Shard
 from rayft.core.storage import Storage
 
 log = logging.getLogger(__name__)
+
+REFUSED = 2  # saves in a row that fail for good before the run stops; the first one is a warning
 
 
 @dataclass
@@ -97,6 +99,7 @@ class CheckpointWriter:
         self._unreported: RayftError | None = None
         self._written = -1  # step whose shard and manifest are on storage
         self._committed = -1
+        self._refused = 0  # saves in a row that storage refused for good
         self.parent = parent
         self.stats = SaveStats()
 
@@ -141,6 +144,21 @@ class CheckpointWriter:
         error, self._unreported = self._unreported, None
         return error
 
+    def check(self) -> None:
+        """Stop a run that trains for nothing; never waits.
+
+        Raises:
+            PermanentStorageError: the last REFUSED saves failed, and the next one would as well.
+        """
+        if self._refused >= REFUSED and self._error is not None:
+            error = self._error
+            raise PermanentStorageError(
+                f"{self._refused} checkpoints in a row could not be written: {error.what}",
+                where=error.where,
+                cause=error.cause,
+                fix=error.fix,
+            ) from error
+
     def wait(self, timeout: float | None = None) -> None:
         """Return when the last save is done: committed (rank 0), or its manifest written.
 
@@ -170,7 +188,7 @@ class CheckpointWriter:
             self._write(job)
             if self._rank == 0:
                 self._commit(job)
-            self._committed = job.step
+            self._committed, self._refused = job.step, 0
         except Exception as error:  # lost in a thread otherwise; `poll` and `wait` hand it over
             self._fail(job, error)
         else:
@@ -242,7 +260,8 @@ class CheckpointWriter:
 
     def _fail(self, job: _Job, error: Exception) -> None:
         if not isinstance(error, RayftError):
-            failure: RayftError = StorageError(
+            gone = isinstance(error, FileNotFoundError)  # what was just written, or its folder
+            failure: RayftError = (PermanentStorageError if gone else StorageError)(
                 f"checkpoint of step {job.step} failed: {type(error).__name__}: {error}"
             )
             failure.__cause__ = error
@@ -250,6 +269,7 @@ class CheckpointWriter:
             failure = error
         failure.where = failure.where or f"rank {self._rank}, step {job.step}"
         self.stats.failed += 1
+        self._refused = self._refused + 1 if isinstance(failure, PermanentStorageError) else 0
         self._error = self._unreported = failure
         log.warning("checkpoint of step %d failed: %s", job.step, failure.what)
         self._clean(job)

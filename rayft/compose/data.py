@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rayft.compose.job import Prepared
 from rayft.config.run import ModelSpec, Run
+from rayft.core.address import below
 from rayft.core.errors import DataError
 from rayft.core.storage import Storage
 from rayft.data.table import META, TokenTable, load
@@ -35,7 +36,7 @@ class Corpus:
 
 def cache_of(run: Run) -> Storage:
     """Where tokenised data is kept."""
-    return Storage.open(run.data.cache or f"{run.storage.rstrip('/')}/.cache")
+    return Storage.open(run.data.cache or below(run.storage, ".cache"))
 
 
 def prepare_data(run: Run, mapper: Mapper) -> Prepared:
@@ -74,7 +75,7 @@ def open_corpus(run: Run, uri: str, hashes: str) -> Corpus:
         table = load(cache.child(digest), names, digest, [tasks.index(s.task) for s in sources])
         if table is None:
             raise DataError(
-                f"the tokenised data {digest} is gone from {cache.uri}",
+                f"the tokenised data {digest} is gone from {cache.shown()}",
                 fix="run the same command again; it is made anew",
             )
         tables.append(table)

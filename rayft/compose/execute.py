@@ -33,7 +33,7 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
     began = time.monotonic()
     hush()
     run = Run.model_validate(job.config)
-    storage = Storage.open(run.storage).child(run.name)
+    storage = Storage.open(run.storage).child(run.name).existing()
     parts = assemble(run, open_corpus(run, job.data_dir, job.data_hash), device)
     session = Session(job, parts, storage, signals, began)
     schedule = Schedule(parts.steps, run.train.eval_every, run.train.save_every)

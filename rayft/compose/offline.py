@@ -69,7 +69,7 @@ def read_record(storage: Storage) -> RunRecord:
     """
     if not storage.exists("run.json"):
         raise ConfigError(
-            f"no run at {storage.uri}",
+            f"no run at {storage.shown()}",
             cause="it holds no run.json",
             fix="give the run's own folder: <storage>/<name>",
         )

@@ -64,7 +64,7 @@ def choose_commit(storage: Storage, record: RunRecord, step: int | None = None) 
     if found is None:
         kept = ", ".join(names(storage)) or "none"
         what = "no committed checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise StorageError(what, where=storage.uri, fix=f"kept are: {kept}")
+        raise StorageError(what, where=storage.shown(), fix=f"kept are: {kept}")
     return found
 
 

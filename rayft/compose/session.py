@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 
 from rayft.compose.assemble import Parts
-from rayft.compose.checkpoint import CheckpointWriter
+from rayft.compose.checkpoint import REFUSED, CheckpointWriter
 from rayft.compose.commit import Commit, donated, find_commit, load_commit
 from rayft.compose.evaluate import evaluate
 from rayft.compose.job import Job, Signals
 from rayft.compose.loop import Progress, Schedule, StepResult
-from rayft.compose.manifest import FOLDER, folder_name
-from rayft.core.errors import StorageError
+from rayft.compose.manifest import folder_name
+from rayft.core.address import above
+from rayft.core.errors import PermanentStorageError, StorageError
 from rayft.core.jsonl import Appender
 from rayft.core.shards import Shard
 from rayft.core.storage import Storage
@@ -143,8 +144,8 @@ class Session:
             schedule: of this run. The donor's best is not this run's: this state is its best where
                 it was evaluated.
         """
-        where, _, name = source.rstrip("/").rpartition(f"/{FOLDER}/")
-        donor = Storage.open(where)
+        folder, name = above(source)
+        donor = Storage.open(above(folder)[0])
         chosen = agree(lambda: donated(donor, name), self.rank, self.world)
         commit = load_commit(donor, chosen, verify=False)  # rank 0 has just verified it
         self.take(commit)
@@ -164,6 +165,7 @@ class Session:
         """One line of metrics.jsonl and one progress event."""
         run = self.parts.run
         self._tell_saves(step)
+        self.writer.check()
         if self.rank != 0 or (step % run.train.log_every and step != self.parts.steps):
             return
         line = {
@@ -255,7 +257,10 @@ class Session:
             return
         problem = self.writer.poll()
         if problem is not None:
-            self.signals.progress({"kind": "warn", "step": step, "text": problem.what})
+            text = f"a checkpoint was not written: {problem.what}"
+            if isinstance(problem, PermanentStorageError):
+                text += f"; after {REFUSED} in a row the run stops"
+            self.signals.progress({"kind": "warn", "step": step, "text": text})
         committed = self.writer.committed
         if committed != self.told:
             self.told = committed

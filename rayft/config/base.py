@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from rayft.core.address import clean
+
+Address = Annotated[str, AfterValidator(clean)]
+"""A local path or URI; credentials in it stay in this process's memory and out of the config."""
 
 
 class Spec(BaseModel):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rayft.config.base import Spec
+from rayft.config.base import Address, Spec
 
 Shape = Literal["auto", "text", "alpaca", "sharegpt", "messages", "prompt_completion", "preference"]
 
@@ -14,7 +14,7 @@ Shape = Literal["auto", "text", "alpaca", "sharegpt", "messages", "prompt_comple
 class SourceSpec(Spec):
     """One source of rows. A bare string in the list is short for {path: string}."""
 
-    path: str
+    path: Address
     """File, folder, glob, s3:// or gs:// URI, hub id, `builtin:NAME`, or a name in
     `dataset_info`."""
     weight: float = Field(1.0, gt=0)
@@ -51,5 +51,5 @@ class DataSpec(Spec):
     """What happens to a document longer than max_length; both are counted."""
     bad_rows: float = Field(0.01, ge=0, le=1)
     """Share of bad rows above which the run stops before training (exit 3)."""
-    cache: str | None = None
+    cache: Address | None = None
     """Where tokenised data is kept (local path or URI); default: `<storage>/.cache`."""

@@ -12,8 +12,10 @@ from rayft.config.mistakes import Mistake
 from rayft.config.override import override, plain
 from rayft.config.run import Run
 from rayft.config.shape import tidy
-from rayft.config.source import Source, dotted, read
+from rayft.config.source import Source, dotted, parse, read
+from rayft.core.address import above, clean
 from rayft.core.errors import ConfigError
+from rayft.core.storage import Storage
 
 
 def load(source: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()) -> Run:
@@ -24,15 +26,18 @@ def load(source: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] 
     wherever it is kept.
 
     Args:
-        source: path of a YAML or JSON file, the same as a mapping, or a Run.
+        source: path or URI of a YAML or JSON file, the same as a mapping, or a Run.
         overrides: `a.b=c`, the value in YAML, list entries by number: `methods.0.rank=8`. An
             override stands over the file; the last one wins.
 
     Raises:
         ConfigError: all mistakes at once (up to 8), each with its line, or a pair of settings that
             cannot work (rayft.config.rules).
+        StorageError: a URI cannot be read.
     """
-    if isinstance(source, str | Path):
+    if isinstance(source, str) and "://" in source:
+        found = _fetched(source)
+    elif isinstance(source, str | Path):
         found = read(Path(source))
     else:
         found = Source("config", source.resolved() if isinstance(source, Run) else plain(source))
@@ -53,3 +58,17 @@ def load(source: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] 
     if said := space.hopeless(run):
         raise refusal(found, [(("sweep", "space"), said)])
     return run
+
+
+def _fetched(uri: str) -> Source:
+    """A config that lies on storage, as best/config.yaml of a sweep does."""
+    address, name = above(clean(uri))
+    folder = Storage.open(address).hasty()
+    try:
+        text = folder.read_text(name)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {folder.shown(name)}") from None
+    except UnicodeDecodeError as error:
+        what = f"{folder.shown(name)} is not UTF-8 text (byte {error.start})"
+        raise ConfigError(what) from None
+    return parse(text, folder.shown(name))

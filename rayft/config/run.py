@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayft.config.base import Spec
+from rayft.config.base import Address, Spec
 from rayft.config.data import DataSpec, SourceSpec
 from rayft.config.methods import FullSpec, LoraSpec, MethodSpec
 from rayft.config.objectives import ObjectiveSpec, SftSpec
@@ -159,7 +159,7 @@ class Run(Spec):
     zero3_offload)."""
     scale: ScaleSpec = ScaleSpec()
     """How many workers, and what each gets."""
-    storage: str = "runs"
+    storage: Address = "runs"
     """Local path, NFS, s3:// or gs://; results go to <storage>/<name>/."""
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Also send metrics there; each needs its optional extra and can fail without touching the
@@ -179,6 +179,11 @@ class Run(Spec):
     def resolved(self) -> dict[str, Any]:
         """Plain JSON data, every default written out."""
         return self.model_dump(mode="json")
+
+    def addresses(self) -> list[str]:
+        """Of all that it reads and writes."""
+        sources = [source.path for source in (*self.data.train, *self.data.eval)]
+        return [self.storage, *([self.data.cache] if self.data.cache else []), *sources]
 
     def identity(self) -> dict[str, Any]:
         """What must not change when a run is continued: all but where it runs and what is watched.

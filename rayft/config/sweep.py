@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from rayft.config.base import Spec
+from rayft.core.address import clean_all
 
 KINDS = ("choice", "grid", "uniform", "loguniform", "int", "paired")
 """Of a domain, as they are written."""
@@ -53,7 +54,7 @@ class Domain(Spec):
                 pair = isinstance(value, list | tuple) and len(value) == 2
                 if not pair or any(isinstance(end, bool) for end in value):
                     raise ValueError(f"{key} takes two numbers, {key}: [low, high], not {value}")
-        return data
+        return clean_all(data)
 
     @model_validator(mode="after")
     def _one(self) -> Domain:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from rayft.core import failpoints
+from rayft.core.retry import RootGone
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,14 @@ class DurableFile:
 
 
 class Posix:
-    """A mounted file system."""
+    """A mounted file system.
+
+    Args:
+        root: a folder that must exist already whenever something is written.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._root = root
 
     def entry(self, path: str) -> Entry | None:
         place = Path(path)
@@ -121,7 +129,7 @@ class Posix:
         """Temporary file in the same folder, fsync, rename, fsync of the folder."""
         place = Path(path)
         failpoints.hit("storage.write.open")
-        make_folder(place.parent)
+        self._make(place.parent)
         temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}.tmp")
         try:
             with temporary.open("wb") as file:
@@ -145,7 +153,7 @@ class Posix:
         return Path(path).open("rb")
 
     def open_output(self, path: str) -> IO[bytes]:
-        make_folder(Path(path).parent)
+        self._make(Path(path).parent)
         return cast("IO[bytes]", DurableFile(Path(path)))
 
     def entries(self, path: str, recursive: bool) -> list[Entry]:
@@ -171,6 +179,11 @@ class Posix:
             place.unlink(missing_ok=True)
         if place.parent.is_dir():
             sync_folder(place.parent)
+
+    def _make(self, folder: Path) -> None:
+        if self._root is not None and not self._root.is_dir():
+            raise RootGone(f"the folder {self._root} is gone")
+        make_folder(folder)
 
 
 class Objects:

@@ -6,11 +6,14 @@ command.
 
 from __future__ import annotations
 
+from rayft.core.address import redact
+
 MAX_LINES = 15
 
 
 class RayftError(Exception):
-    """Base of every refusal and failure that rayft itself reports.
+    """Base of every refusal and failure that rayft itself reports. Its texts hold no credentials,
+    whatever they were made of.
 
     Args:
         what: what is wrong, one sentence (further lines allowed for lists).
@@ -23,6 +26,7 @@ class RayftError(Exception):
     label = "error"
 
     def __init__(self, what: str, *, where: str = "", cause: str = "", fix: str = "") -> None:
+        what, where, cause, fix = (redact(text) for text in (what, where, cause, fix))
         super().__init__(what, where, cause, fix)
         self.what, self.where, self.cause, self.fix = what, where, cause, fix
 
@@ -75,6 +79,11 @@ class StorageError(RayftError):
     """Storage cannot be read or written, or holds nothing that can be trusted."""
 
     exit_code, label = 6, "storage error"
+
+
+class PermanentStorageError(StorageError):
+    """Storage refuses, and will refuse again until somebody mends it: full, read-only, gone, no
+    permission, no such bucket."""
 
 
 class InterruptedRun(RayftError):

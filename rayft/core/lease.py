@@ -64,6 +64,7 @@ class Lease:
     def __init__(self, storage: Storage, holder: Holder, on_lost: Callable[[], None]) -> None:
         self._storage, self._holder, self._on_lost = storage, holder, on_lost
         self._lost, self._ended = threading.Event(), threading.Event()
+        self._gone = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     @staticmethod
@@ -78,7 +79,8 @@ class Lease:
             InUseError: another driver has it; names its host and pid.
             StorageError: it cannot be read or written.
         """
-        lease = Lease(storage, _claim(storage), on_lost)
+        holder = _claim(storage)
+        lease = Lease(storage.existing(), holder, on_lost)
         lease._thread.start()
         try:
             yield lease
@@ -90,15 +92,23 @@ class Lease:
         """Another driver has taken over: stop, and write nothing more."""
         return self._lost.is_set()
 
+    @property
+    def gone(self) -> bool:
+        """It is lost because the whole folder is: nobody has taken over anything."""
+        return self._gone.is_set()
+
     def _renew(self) -> None:
         while not self._ended.wait(RENEW):
             try:
                 now = _read(self._storage)
                 if self._ended.is_set():
                     return
+                if now is None and not self._storage.exists():
+                    self._gone.set()
                 if now is None or now.id != self._holder.id:
                     # Gone means that another driver has taken over and ended since.
-                    log.warning("another driver took over: %s", _named(now))
+                    if not self.gone:
+                        log.warning("another driver took over: %s", _named(now))
                     self._lost.set()
                     self._on_lost()
                     return
@@ -106,6 +116,8 @@ class Lease:
                 _write(self._storage, self._holder)
             except StorageError as error:  # while storage is away nobody else can take over either
                 log.warning("the lease could not be renewed: %s", error.what)
+            except FileNotFoundError:  # deleted in this very moment: the next look finds out
+                continue
 
     def _release(self) -> None:
         self._ended.set()

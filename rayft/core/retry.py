@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
-from rayft.core.errors import StorageError
+from rayft.core.errors import PermanentStorageError, StorageError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,6 +27,10 @@ _DENIED = re.compile(
 )
 
 
+class RootGone(OSError):
+    """A folder that must be there is not: deleted, or its file system is not mounted any more."""
+
+
 @dataclass(frozen=True)
 class Retry:
     """Waits are uniform in [0, min(longest, first * 2^n)] seconds."""
@@ -41,6 +44,7 @@ class Retry:
 
         Raises:
             StorageError: still failing; says `doing`, `place` and the reason.
+            PermanentStorageError: it would fail again.
             FileNotFoundError: as raised by `action`.
         """
         for n in range(self.attempts):
@@ -49,10 +53,11 @@ class Retry:
             except FileNotFoundError:
                 raise
             except OSError as error:
-                if n + 1 == self.attempts or not is_transient(error):
-                    raise StorageError(
-                        f"cannot {doing} {place}: {error.strerror or error}", cause=_cause(error)
-                    ) from error
+                passing = is_transient(error)
+                if n + 1 == self.attempts or not passing:
+                    kind = StorageError if passing else PermanentStorageError
+                    what = f"cannot {doing} {place}: {error.strerror or error}"
+                    raise kind(what, cause=_cause(error), fix=_fix(error, place)) from error
                 log.warning("cannot %s %s, trying again: %s", doing, place, error)
                 time.sleep(random.uniform(0, min(self.longest, self.first * 2**n)))
         raise ValueError("a Retry needs at least one attempt")
@@ -62,24 +67,24 @@ def is_transient(error: OSError) -> bool:
     """Whether trying again can help."""
     if error.errno is not None:
         return error.errno not in _PERMANENT
-    return not isinstance(error, FileNotFoundError) and not _DENIED.search(str(error))
-
-
-def shown(uri: str) -> str:
-    """An address for people: without credentials and options."""
-    parts = urlsplit(uri)
-    if not parts.scheme:
-        return uri
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return not isinstance(error, FileNotFoundError | RootGone) and not _DENIED.search(str(error))
 
 
 def _cause(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk or the quota is full"
+    if isinstance(error, RootGone):
+        return "somebody deleted it, or its file system is not mounted any more"
     if error.errno == errno.EROFS:
         return "the file system is mounted read-only"
     if re.search("NO_SUCH_BUCKET|Bucket .* not found", str(error)):
         return "the bucket does not exist; rayft creates none"
     if error.errno in (errno.EACCES, errno.EPERM) or _DENIED.search(str(error)):
         return "no permission, or credentials that are missing or expired"
+    return ""
+
+
+def _fix(error: OSError, place: str) -> str:
+    if place.startswith("s3://") and _DENIED.search(str(error)):
+        return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) for that bucket"
     return ""

@@ -15,11 +15,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
+from rayft.core.address import below, clean, shown
 from rayft.core.backends import Backend, Entry, Objects, Posix
-from rayft.core.errors import StorageError
-from rayft.core.retry import Retry, shown
+from rayft.core.errors import PermanentStorageError, StorageError
+from rayft.core.remote import connect
+from rayft.core.retry import Retry
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -36,27 +38,19 @@ class Storage:
     def open(uri: str, retry: Retry | None = None) -> Storage:
         """The folder `uri`; it need not exist.
 
-        Object stores take pyarrow's URIs, options in the query:
-        `s3://bucket/path?endpoint_override=host:9000&scheme=http&region=us-east-1`.
+        Object stores take options in the query, on MinIO, Ceph or R2 for example
+        `s3://bucket/path?endpoint_override=host:9000&scheme=http` (`rayft.core.remote`).
 
         Raises:
             StorageError: the URI means nothing, or its options are wrong.
         """
-        parts = urlsplit(uri)
-        if parts.scheme in ("", "file"):
-            raw = unquote(parts.path) if parts.scheme else uri
+        uri = clean(uri)
+        if "://" not in uri or uri.startswith("file://"):
+            raw = unquote(urlsplit(uri).path) if "://" in uri else uri
             path = Path(raw).expanduser().resolve()
             return Storage(Posix(), str(path), str(path), retry)
-        from pyarrow import ArrowException
-        from pyarrow.fs import FileSystem
-
-        try:
-            fs, path = FileSystem.from_uri(uri)
-        except (ArrowException, OSError, ValueError) as error:
-            raise StorageError(
-                f"cannot open {shown(uri)}: {error}", fix="a local path, s3://... or gs://..."
-            ) from error
-        return Storage(Objects(fs), path.rstrip("/"), uri, retry)
+        fs, path = connect(uri)
+        return Storage(Objects(fs), path, uri, retry)
 
     def __repr__(self) -> str:
         return f"Storage({shown(self.uri)!r})"
@@ -72,15 +66,27 @@ class Storage:
     def child(self, *parts: str) -> Storage:
         """The folder below."""
         tail = "/".join(parts)
-        if self.is_local:
-            uri = self._path(tail)
-        else:
-            split = urlsplit(self.uri)
-            uri = urlunsplit(split._replace(path=f"{split.path.rstrip('/')}/{tail}"))
+        uri = self._path(tail) if self.is_local else below(self.uri, tail)
         return Storage(self._backend, self._path(tail), uri, self._retry)
 
+    def existing(self) -> Storage:
+        """The same folder, which must be there from now on: a write does not make it again.
+
+        So a run whose folder is deleted, or whose file system is not mounted any more, fails
+        (PermanentStorageError) and leaves nothing in another place.
+        """
+        if not self.is_local:
+            return self
+        return Storage(Posix(Path(self._root)), self._root, self.uri, self._retry)
+
+    def hasty(self) -> Storage:
+        """The same folder, for a first look: what does not answer is not asked again (an
+        object store's client has tried three times by then)."""
+        return Storage(self._backend, self._root, self.uri, Retry(attempts=1))
+
     def shown(self, path: str = "") -> str:
-        """The full address for people: without credentials and options."""
+        """The full address for people: without credentials and options. In a command, which must
+        work when it is pasted, `uri` is the right one."""
         return "/".join(filter(None, (shown(self.uri).rstrip("/"), path)))
 
     def attempt(self, doing: str, path: str, action: Callable[[], T]) -> T:
@@ -156,6 +162,26 @@ class Storage:
         return self.attempt(doing, path, lambda: action(self._path(path)))
 
 
+def folder_gone(storage: Storage) -> PermanentStorageError:
+    """The folder was there, and is not any more."""
+    return PermanentStorageError(
+        f"the folder {storage.shown()} is gone",
+        cause="somebody deleted it, or its file system is not mounted any more",
+    )
+
+
+def reachable(storage: Storage) -> None:
+    """Raises StorageError, within seconds, when storage does not answer at all."""
+    try:
+        storage.hasty().exists()
+    except StorageError as error:
+        raise type(error)(
+            f"storage {storage.shown()} is not usable: {error.what}",
+            cause=error.cause or "nobody answers there: a wrong address, or no network",
+            fix=error.fix or "check storage: in the config, and that this machine may reach it",
+        ) from error
+
+
 def probe(storage: Storage) -> None:
     """Write, read back and delete a small file.
 
@@ -168,10 +194,12 @@ def probe(storage: Storage) -> None:
         back = storage.read_bytes(name)
         storage.delete(name)
     except (StorageError, FileNotFoundError) as error:
-        reason = error.what if isinstance(error, StorageError) else str(error)
-        raise StorageError(
-            f"storage {storage.shown()} is not usable: {reason}",
-            fix="check that every worker may write there, or set storage: to another place",
+        own = error if isinstance(error, StorageError) else StorageError(str(error))
+        raise type(own)(
+            f"storage {storage.shown()} is not usable: {own.what}",
+            cause=own.cause,
+            fix=own.fix
+            or "check that every worker may write there, or set storage: to another place",
         ) from error
     if back != name.encode():
         raise StorageError(f"storage {storage.shown()} does not read back what was written")

@@ -18,7 +18,9 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 from pyarrow import fs
 
-from rayft.core.errors import ConfigError, DataError
+from rayft.core.address import shown
+from rayft.core.errors import ConfigError, DataError, StorageError
+from rayft.core.remote import connect
 
 SCHEMES = ("s3", "gs", "gcs", "file")
 FORMATS = {
@@ -179,10 +181,14 @@ def _known(path: str, files: Iterable[File], root: Path | None = None) -> list[F
 
 def _opened(uri: str, how: str) -> pa.NativeFile:
     try:
-        system, path = fs.FileSystem.from_uri(uri) if _is_uri(uri) else (fs.LocalFileSystem(), uri)
+        system, path = _system(uri) if _is_uri(uri) else (fs.LocalFileSystem(), uri)
         return system.open_input_file(path) if how == "file" else system.open_input_stream(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot open {uri.split('?')[0]}", cause=_first_line(error)) from error
+    except (OSError, pa.ArrowException, StorageError) as error:
+        raise DataError(f"cannot open {shown(uri)}", cause=_first_line(error)) from error
+
+
+def _system(uri: str) -> tuple[fs.FileSystem, str]:
+    return fs.FileSystem.from_uri(uri) if uri.startswith("file:") else connect(uri)
 
 
 def _find_remote(uri: str) -> list[File]:
@@ -194,9 +200,9 @@ def _find_remote(uri: str) -> list[File]:
     magic = re.search(r"[*\[]", head)
     fixed = head[: magic.start()].rsplit("/", 1)[0] if magic else head
     try:
-        system, path = fs.FileSystem.from_uri(fixed + mark + query)
+        system, path = _system(fixed + mark + query)
         infos = _infos(system, path)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, StorageError) as error:
         raise DataError(f"cannot list {fixed}", cause=_first_line(error)) from error
     prefix = f"{scheme}://" if scheme != "file" else "file://"
     files = [
@@ -242,4 +248,5 @@ def _pattern(text: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    text = error.what if isinstance(error, StorageError) else str(error)
+    return text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__

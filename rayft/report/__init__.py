@@ -20,7 +20,7 @@ def build(where: str | Path) -> list[str]:
         ConfigError, StorageError: see `write_report`.
     """
     home = Storage.open(str(where))
-    return [home.shown(name) for name in write_report(home)]
+    return [home.child(name).uri for name in write_report(home)]
 
 
 def write_report(storage: Storage) -> list[str]:
@@ -45,7 +45,7 @@ def write_report(storage: Storage) -> list[str]:
     made = {
         TABLE: trials_csv(facts),
         JOURNAL: journal(facts),
-        PAGE: page(facts, storage.shown()),
+        PAGE: page(facts, storage.uri),
     }
     for name, text in made.items():
         storage.write_text(name, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from html import escape
 
+from rayft.core.address import below
 from rayft.report.axes import written
 from rayft.report.facts import Facts, value_of
 from rayft.report.numbers import Scale, seconds
@@ -162,18 +163,16 @@ def commands(facts: Facts, place: str) -> str:
     """What to type to use, check and repeat the winner; only what is there to be used."""
     if facts.best is None:
         return ""
-    best = shlex.quote(f"{place}/best")
+    best = shlex.quote(below(place, "best"))
     said = []
     if "run.json" in facts.files:
         said += [
             ("Export it, adapters merged into the base", f"rayft export {best} --merge"),
             ("Compare it with the base model", f"rayft eval {best} --generate 64"),
         ]
-    if "config.yaml" in facts.files and "://" not in place:
-        config = shlex.quote(f"{place}/best/config.yaml")
+    if "config.yaml" in facts.files:
+        config = shlex.quote(below(place, "best", "config.yaml"))
         said.append(("Train it again", f"rayft train {config}"))
-    elif "config.yaml" in facts.files:
-        said.append(("Train it again, from a copy of best/config.yaml", "rayft train config.yaml"))
     if not said:
         said_by = "The folder best/ is written when the sweep ends."
         return f"<section><h2>Use it</h2><p>{said_by}</p></section>"

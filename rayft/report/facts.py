@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -189,12 +190,12 @@ def _record(storage: Storage) -> SweepRecord:
     if storage.exists("run.json"):
         raise ConfigError(
             f"{storage.shown()} is a single run; a report is made of a sweep",
-            fix=f"rayft eval {storage.shown()}",
+            fix=shlex.join(["rayft", "eval", storage.uri]),
         )
     inside = [e.name for e in storage.list() if storage.exists(f"{e.name}/{RECORD}")][:3]
     raise ConfigError(
         f"{storage.shown()} is no sweep: there is no {RECORD}",
-        fix=f"rayft report {storage.shown(inside[0])}"
+        fix=shlex.join(["rayft", "report", storage.child(inside[0]).uri])
         if inside
         else "give a sweep's folder, <storage>/<name>",
     )

@@ -63,7 +63,7 @@ def page(facts: Facts, place: str) -> str:
     """The whole report.
 
     Args:
-        place: the sweep's folder as people write it, for the commands.
+        place: the address of the sweep's folder, for the commands.
     """
     scale = Scale.of([*(row.value for row in facts.rows if row.fair), facts.base])
     made = Page()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rayft.core.errors import RayftError
+from rayft.core.errors import PermanentStorageError, RayftError
 from rayft.runtime.failure import Failure, WorkerFailed, first_line, hint
 
 T = TypeVar("T")
@@ -52,7 +52,8 @@ def decide(history: Sequence[Attempt], retries: int) -> Retry | GiveUp:
             which none before it had finished made progress: it counts as a first one again.
     """
     last = history[-1]
-    if last.failure.exit_code in FINAL:
+    hopeless = isinstance(last.failure.error, PermanentStorageError)
+    if last.failure.exit_code in FINAL or hopeless:
         return GiveUp("another attempt cannot change this")
     stalled, furthest = 0, -1
     for attempt in history:
@@ -112,7 +113,10 @@ def diagnosis(failure: Failure, verdict: GiveUp, kept: str, again: str) -> Rayft
     """The error that ends the run: what, which rank and step, why, where the traceback lies."""
     if failure.error is not None:
         own = failure.error
-        return type(own)(own.what, where=failure.where, cause=own.cause, fix=own.fix or again)
+        fix = own.fix or again
+        if isinstance(own, PermanentStorageError):
+            fix = f"{own.fix or 'mend it'}, then continue from the last checkpoint: {again}"
+        return type(own)(own.what, where=failure.where, cause=own.cause, fix=fix)
     message = first_line(failure.message)
     return RayftError(
         f"training failed: {failure.kind}{': ' * bool(message)}{message}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from rayft.core.storage import Storage
 BEST = "best"
 _HEAD = """\
 # The best of sweep {sweep}: trial {trial}, {metric} {value:.6g} at step {step}.
-# rayft train {place}/config.yaml    trains it again, as run {name}
+# {again}    trains it again, as run {name}
 """
 
 
@@ -31,7 +32,7 @@ def write_config(home: Storage, run: Run, best: dict[str, Any], metric: str) -> 
         metric=metric,
         value=best["metric"],
         step=best["step"],
-        place=home.shown(BEST),
+        again=shlex.join(["rayft", "train", home.child(BEST, "config.yaml").uri]),
         name=name,
     )
     body = {key: value for key, value in winner.resolved().items() if key != "sweep"}

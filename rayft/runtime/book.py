@@ -22,6 +22,7 @@ from rayft.core.errors import (
     DataError,
     DivergedError,
     InterruptedRun,
+    PermanentStorageError,
     StorageError,
 )
 from rayft.core.record import Best, RunRecord, Status
@@ -47,6 +48,7 @@ class Book:
         self.record = _previous(home, run)
         self.reached = self.record.steps  # furthest finished step of any attempt
         self._step: int | None = None  # last finished step of this attempt
+        self._saved = 0  # step of the last commit that was found or made; 0 for none
         self._before, self._began = self.record.seconds, time.monotonic()
         self._trackers: Trackers | None = None
         self._begun = False  # before it has, errors leave run.json as it is
@@ -129,6 +131,8 @@ class Book:
         return self._step
 
     def _note(self, event: Event) -> None:
+        if event["kind"] in ("start", "save"):
+            self._saved = int(event.get("step", 0))
         if event["kind"] in ("start", "step"):
             self._step = int(event.get("step", 0))
             self.reached = max(self.reached, self._step)
@@ -185,6 +189,12 @@ class Book:
             self._write(status=status, error="" if status == "interrupted" else str(error))
         except StorageError as lost:  # must not hide the error that ended the run
             self.warn(f"run.json still says running: {lost.what}")
+
+    def with_last_commit(self, error: PermanentStorageError) -> PermanentStorageError:
+        """The error that ends the run, with what of the run is safe."""
+        last = f"of step {self._saved}" if self._saved else "none yet"
+        what = f"{error.what}\n  last good checkpoint: {last}, in {self.home.shown('checkpoints')}"
+        return type(error)(what, where=error.where, cause=error.cause, fix=error.fix)
 
     def close(self) -> None:
         """Let trackers finish and give the terminal back."""

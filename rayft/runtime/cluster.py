@@ -15,10 +15,10 @@ from typing import TextIO
 import ray
 
 from rayft.core.errors import ConfigError, RayftError
+from rayft.runtime.driver_context import hide_arguments
 
 NAMESPACE = "rayft"
 OBJECT_STORE = 2**30  # bytes at most, for tokenised shards on their way to the cache
-PASSED_ON = ("NCCL_", "GLOO_", "HF_", "RAYFT_", "TORCH_NCCL_", "FI_", "UCX_")  # driver -> workers
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # no warning about CPU workers and CUDA devices
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train tab
@@ -91,6 +91,7 @@ def _start(options: dict, dashboard: bool) -> None:
             "object_store_memory": min(OBJECT_STORE, _memory() // 10),
             "include_dashboard": dashboard or os.environ.get("RAYFT_DASHBOARD", "1") != "0",
         }
+    hide_arguments()
     try:
         ray.init(**options)
     except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
@@ -135,11 +136,6 @@ def ceiling() -> dict[str, float] | None:
 def has_dashboard() -> bool:
     """Whether this cluster has one; Ray has no public call for this."""
     return bool(ray._private.worker.get_dashboard_url())
-
-
-def passed_on() -> dict[str, str]:
-    """The driver's variables that workers need as well (a local Ray inherits them anyway)."""
-    return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
 
 
 def hardware() -> dict[str, object]:

@@ -34,6 +34,7 @@ class Desk:
 
     def __init__(self, floor: Floor) -> None:
         self._floor = floor
+        floor.driver.enter()
         self._base = Run.model_validate(floor.config)
         self._packs: Packs | None = None
         self._data: Prepared | None = None
@@ -182,7 +183,7 @@ class Desk:
 
         await self._own.acquire()
         name = f"rayft-{self._base.name}-{trial}"
-        host = OwnHost.options(name=f"{name}-{secrets.token_hex(2)}").remote(self._floor.cwd)
+        host = OwnHost.options(name=f"{name}-{secrets.token_hex(2)}").remote(self._floor.driver)
         self._where[trial] = host
         prepared = await self._prepared(run)
         limit = self._base.sweep.divergence
@@ -202,7 +203,7 @@ class Desk:
         """The tokenised data of a trial: the sweep's own, unless the space changes what is read."""
         if _reads(run) == _reads(self._base):
             return self._data
-        return await prepare_elsewhere.remote(run.resolved(), self._floor.cwd)
+        return await prepare_elsewhere.remote(run.resolved(), self._floor.driver)
 
     async def _free(self, trial: str, *, keep: bool, told: bool) -> None:
         """Take the place back; `told`: the host still has to be told."""

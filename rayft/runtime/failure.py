@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from rayft.core.address import redact
 from rayft.core.errors import RayftError
 
 # Errors that a rank only sees because another rank went away first.
@@ -73,8 +74,8 @@ def caught(error: BaseException, *, rank: int | None = None, step: int | None = 
     own = error if isinstance(error, RayftError) else None
     return Failure(
         kind=type(error).__name__,
-        message=own.what if own else str(error),
-        trace="".join(traceback.format_exception(error)),
+        message=own.what if own else redact(str(error)),
+        trace=redact("".join(traceback.format_exception(error))),
         when=time.time(),
         rank=rank,
         step=step,

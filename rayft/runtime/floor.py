@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +9,7 @@ import ray
 
 from rayft.compose.job import Prepared
 from rayft.config.run import Run
+from rayft.runtime.driver_context import DriverContext
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,18 @@ class Floor:
     cpus: float  # of a pack
     gpus: float
     start: int  # number of this start of the sweep: part of attempt names
-    cwd: str
+    driver: DriverContext
     environment: dict[str, str]
     dashboard: bool  # without one, runs of their own would hang
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 @ray.remote(num_cpus=1, max_retries=2)
-def prepare_elsewhere(config: dict[str, Any], cwd: str) -> Prepared:
+def prepare_elsewhere(config: dict[str, Any], driver: DriverContext) -> Prepared:
     """Tokenise what a trial reads, where the space changes its data."""
     from rayft.compose.data import prepare_data
 
-    os.chdir(cwd)
+    driver.enter()
     return prepare_data(
         Run.model_validate(config), lambda function, items: list(map(function, items))
     )

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,8 +20,9 @@ from rayft.core.errors import DataError
 from rayft.core.storage import Storage
 from rayft.runtime import preflight
 from rayft.runtime.book import versions
-from rayft.runtime.cluster import connected, hardware, has_dashboard, nodes, passed_on
+from rayft.runtime.cluster import connected, hardware, has_dashboard, nodes
 from rayft.runtime.desk import Desk
+from rayft.runtime.driver_context import DriverContext, passed_on
 from rayft.runtime.floor import Floor
 from rayft.runtime.interrupt import Interrupt
 from rayft.runtime.room import reasons_alone, room_for
@@ -69,7 +69,7 @@ def ground(run: Run, book: SweepBook, view: SweepView, interrupt: Interrupt) -> 
             cpus=run.scale.cpus,
             gpus=room.gpus,
             start=book.record.starts + 1,
-            cwd=str(Path.cwd()),
+            driver=DriverContext.here(),
             environment=passed_on() if address else {},
             dashboard=has_dashboard(),
             facts={"versions": versions(), "hardware": facts},

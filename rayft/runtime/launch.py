@@ -12,7 +12,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayError
@@ -27,9 +26,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayft.compose.job import Job, Outcome
 from rayft.config.run import ScaleSpec
+from rayft.core.address import redact
 from rayft.core.errors import InterruptedRun
-from rayft.runtime.cluster import passed_on
 from rayft.runtime.control import Control, Event
+from rayft.runtime.driver_context import DriverContext, passed_on
 from rayft.runtime.failure import Failure, WorkerFailed, at_step, caught, first
 from rayft.runtime.interrupt import Interrupt
 from rayft.runtime.preflight import resources
@@ -72,7 +72,7 @@ def launch(
         trainer = TorchTrainer(
             work,
             train_loop_config={
-                "task": Task(job, name, scale.cpus, str(Path.cwd()), engine),
+                "task": Task(job, name, scale.cpus, DriverContext.here(), engine),
             },
             torch_config=TorchConfig(
                 backend="nccl" if gpus else "gloo", timeout_s=COLLECTIVE_TIMEOUT
@@ -168,7 +168,7 @@ def _failure(error: Exception, step: int | None) -> Failure:
 def _of_rank(rank: int, error: Exception) -> Failure:
     if isinstance(error, WorkerFailed):
         return error.failure
-    text = str(error)
+    text = redact(str(error))
     return Failure(
         kind="WorkerDied" if type(error).__module__.startswith("ray.") else type(error).__name__,
         message=_why_died(text),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from rayft.compose.job import Prepared
 from rayft.config.run import Run
+from rayft.runtime.driver_context import DriverContext
 from rayft.runtime.own import OwnSeat
 from rayft.trials.types import Told
 
@@ -18,9 +17,8 @@ from rayft.trials.types import Told
 class OwnHost:
     """Holds one seat. `next` blocks in a thread of its own: `leave` and `save` get through."""
 
-    def __init__(self, cwd: str) -> None:
-        if Path(cwd).is_dir():
-            os.chdir(cwd)  # a relative model path means the driver's
+    def __init__(self, driver: DriverContext) -> None:
+        driver.enter()  # a relative model path means the driver's
         self._seat: OwnSeat | None = None
 
     def begin(

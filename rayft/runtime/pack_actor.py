@@ -9,18 +9,20 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from rayft.compose.job import Job
+from rayft.core.address import redact
 from rayft.core.storage import Storage
+from rayft.runtime.driver_context import DriverContext
 from rayft.trials.types import Told
 
 
@@ -44,9 +46,8 @@ class PackHost:
         cpus, gpus: what Ray has given it; with them comes as large a share of the memory.
     """
 
-    def __init__(self, cwd: str, cpus: float, gpus: float) -> None:
-        if Path(cwd).is_dir():
-            os.chdir(cwd)  # a relative model path means the driver's
+    def __init__(self, driver: DriverContext, cpus: float, gpus: float) -> None:
+        driver.enter()  # a relative model path means the driver's
         self._loop: asyncio.AbstractEventLoop | None = None
         self._told: dict[str, asyncio.Queue[Told]] = {}
         self._ended: dict[str, Told] = {}
@@ -178,8 +179,9 @@ class PackHost:
         try:
             told = self._pack.step()
         except Exception as error:  # the pack is lost; every trial in it must learn why
-            traceback.print_exc()  # into Ray's log of this process
-            text = f"{type(error).__name__}: {error}"
+            # into Ray's log of this process
+            print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
+            text = redact(f"{type(error).__name__}: {error}")
             told = [Told(name, 0, {}, "lost", text) for name in inside]
             self._pack = None
         self._loop.call_soon_threadsafe(self._deliver, told)

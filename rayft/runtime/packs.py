@@ -64,7 +64,7 @@ class Packs:
             options["num_gpus"] = floor.gpus
         if floor.environment:
             options["runtime_env"] = {"env_vars": floor.environment}
-        host = PackHost.options(**options).remote(floor.cwd, floor.cpus, floor.gpus)
+        host = PackHost.options(**options).remote(floor.driver, floor.cpus, floor.gpus)
         pack = Pack(name, host, failed=failed)
         task = asyncio.get_running_loop().create_task(self._warm(pack))
         self._warming.add(task)  # the loop itself holds tasks only weakly

@@ -12,6 +12,7 @@ from rayft.config.run import Run, ScaleSpec
 from rayft.core.errors import InfeasibleError, StorageError
 from rayft.core.storage import Storage, probe
 from rayft.runtime.cluster import Node, ceiling
+from rayft.runtime.driver_context import DriverContext
 
 PROBE_TIMEOUT = 60  # seconds for every node to answer
 _KEYS = {"CPU": "scale.cpus", "GPU": "scale.gpus"}
@@ -92,8 +93,9 @@ def _infeasible(
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _probe(uri: str, token: str) -> str:
+def _probe(uri: str, token: str, driver: DriverContext) -> str:
     """On one node: write and read, and report what this node reads under the driver's token."""
+    driver.enter()
     storage = Storage.open(uri)
     try:
         probe(storage)
@@ -120,7 +122,7 @@ def storage_everywhere(home: Storage, living: Sequence[Node], key: str = "storag
         asked = [
             _probe.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)
-            ).remote(home.uri, name)
+            ).remote(home.uri, name, DriverContext.here())
             for node in living
         ]
         answers = ray.get(asked, timeout=PROBE_TIMEOUT)

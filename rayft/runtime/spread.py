@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from rayft.core.errors import RayftError
-from rayft.runtime.cluster import passed_on
+from rayft.runtime.driver_context import DriverContext, passed_on
 from rayft.runtime.interrupt import Interrupt
 from rayft.runtime.types import Mapper
 
@@ -19,9 +17,8 @@ TRIES = 3  # of a task whose process died; an exception is final
 
 
 @ray.remote(num_cpus=1, max_retries=TRIES)
-def _apply(function: Callable[[Any], Any], item: Any, cwd: str) -> Any:
-    if Path(cwd).is_dir():
-        os.chdir(cwd)  # a relative model path or chat template means the driver's
+def _apply(function: Callable[[Any], Any], item: Any, driver: DriverContext) -> Any:
+    driver.enter()  # a relative model path or chat template means the driver's
     return function(item)
 
 
@@ -39,7 +36,7 @@ def over_ray(interrupt: Interrupt) -> Mapper:
         environment = {"env_vars": passed_on()} if passed_on() else None
         task = _apply.options(runtime_env=environment) if environment else _apply
         return _gathered(
-            [task.remote(function, item, str(Path.cwd())) for item in items], interrupt
+            [task.remote(function, item, DriverContext.here()) for item in items], interrupt
         )
 
     return spread

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from rayft.config.run import Run
+from rayft.core.address import redact
 from rayft.core.errors import ConfigError
 from rayft.core.storage import Storage
 
@@ -165,7 +166,7 @@ class _Feed:
                 sink.log(*item)
             sink.close()
         except Exception as error:  # whatever a tracker does, training goes on without it
-            self._warn(f"tracker {self._name} stopped: {type(error).__name__}: {error}")
+            self._warn(redact(f"tracker {self._name} stopped: {type(error).__name__}: {error}"))
 
 
 def numbers(event: Event) -> Iterator[tuple[str, float]]:

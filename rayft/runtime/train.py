@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from rayft.compose.job import Outcome
 from rayft.config.rules import refuse
 from rayft.config.run import Run
-from rayft.core.errors import InterruptedRun, InUseError
+from rayft.core.address import carried
+from rayft.core.errors import InterruptedRun, InUseError, PermanentStorageError
 from rayft.core.lease import Lease
 from rayft.core.record import RunRecord
-from rayft.core.storage import Storage, probe
+from rayft.core.storage import Storage, folder_gone, probe, reachable
 from rayft.runtime import trackers
 from rayft.runtime.attempts import persevere
 from rayft.runtime.book import Book
@@ -57,13 +58,12 @@ def train(
     refuse(run)
     trackers.installed(run.trackers)
     home = Storage.open(run.storage).child(run.name)
-    if seat is None:
-        book = Book(home, run, view())
-    else:
-        book = Book(home, run, seat.view, source=seat.source, export=seat.export)
+    book = _book(home, run, seat)
     try:
         if book.done:
             return _done(book)
+        if seat is None:
+            _look(run, home, book)
         with handling() if seat is None else nullcontext(seat.interrupt) as interrupt:
 
             def lost() -> None:
@@ -71,6 +71,7 @@ def train(
                 interrupt.stop()
 
             with Lease.held(home, lost) as lease:
+                book.home = home.existing()
                 book.reread()  # another driver may have ended while this one began
                 if book.done:
                     return _done(book)
@@ -79,11 +80,29 @@ def train(
                 try:
                     return _train(run, book, interrupt, engine, prepare or _prepare(), again)
                 except InterruptedRun as error:
+                    if lease.gone:
+                        raise book.with_last_commit(folder_gone(home)) from error
                     if lease.lost:
                         raise InUseError(f"another driver took over {home.shown()}") from error
                     raise
     finally:
         book.close()
+
+
+def _book(home: Storage, run: Run, seat: Seat | None) -> Book:
+    if seat is not None:
+        return Book(home, run, seat.view, source=seat.source, export=seat.export)
+    reachable(home)
+    return Book(home, run, view())
+
+
+def _look(run: Run, home: Storage, book: Book) -> None:
+    """Storage that cannot be written is refused here, in seconds: before Ray, before any data."""
+    probe(home.hasty())
+    if run.data.cache is not None:  # by default it lies in the run's storage
+        probe(Storage.open(run.data.cache).hasty())
+    if said := carried(run.addresses()):
+        book.note(said)
 
 
 def _done(book: Book) -> RunRecord:
@@ -102,6 +121,9 @@ def _train(
             from rayft.runtime.fleet import run_fleet
 
             outcome = run_fleet(run, book, interrupt, engine, prepare, again)
+    except PermanentStorageError as error:
+        book.broke(error)
+        raise book.with_last_commit(error) from error.__cause__
     except BaseException as error:
         book.broke(error)
         raise
@@ -118,7 +140,6 @@ def _alone(
 ) -> Outcome:
     from rayft.runtime import solo
 
-    probe(book.home)
     prepared = prepare(run, solo.in_process)
     interrupt.check()
     book.begin(prepared, solo.hardware())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -16,6 +15,7 @@ from rayft.compose.job import Job
 from rayft.config.run import Run
 from rayft.core.errors import RayftError
 from rayft.runtime.control import WorkerSignals
+from rayft.runtime.driver_context import DriverContext
 from rayft.runtime.failure import WorkerFailed, caught
 from rayft.runtime.telemetry import Gauges
 from rayft.runtime.types import Engine
@@ -30,7 +30,7 @@ class Task:
     job: Job
     control: str  # name of the control actor
     cpus: float
-    cwd: str  # the driver's, so that relative paths mean the same
+    driver: DriverContext  # so that relative paths and addresses mean the same
     engine: Engine | None = None  # default: rayft.compose.execute.execute
 
 
@@ -88,8 +88,7 @@ def ready(task: Task, local_rank: int) -> torch.device:
     threads = max(1, int(task.cpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
-    if Path(task.cwd).is_dir():
-        os.chdir(task.cwd)
+    task.driver.enter()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

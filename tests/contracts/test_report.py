@@ -254,10 +254,12 @@ def test_the_command_names_its_files_or_what_is_wrong(
     assert "is not a sweep record" in capsys.readouterr().err
 
 
-def test_a_sweep_in_a_bucket_is_retrained_from_a_copy(tmp_path: Path) -> None:
-    text = Reader(page(read_facts(write_sweep(tmp_path, 3)), "s3://bucket/my sweep")).text
-    assert "rayft export 's3://bucket/my sweep/best' --merge" in text
-    assert "from a copy of best/config.yaml rayft train config.yaml" in text
+def test_commands_for_a_sweep_in_a_bucket_can_be_pasted(tmp_path: Path) -> None:
+    place = "s3://bucket/my sweep?endpoint_override=10.0.0.1:9000&scheme=http"
+    text = Reader(page(read_facts(write_sweep(tmp_path, 3)), place)).text
+    options = "?endpoint_override=10.0.0.1:9000&scheme=http"
+    assert f"rayft export 's3://bucket/my sweep/best{options}' --merge" in text
+    assert f"rayft train 's3://bucket/my sweep/best/config.yaml{options}'" in text
 
 
 def test_a_report_loads_neither_torch_nor_ray(tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""Connecting to an object store by its address: pyarrow's file systems, with bounded waits.
+
+    s3://bucket/path?region=...&endpoint_override=host:9000&scheme=http&anonymous=true
+    gs://bucket/path
+
+Addresses are taken apart here and not by pyarrow, whose own parser knows no `anonymous` and no
+timeouts, and repeats the whole address, secrets included, in its errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from typing import Any
+from urllib.parse import unquote
+
+from rayft.core.address import Parts, clean, credentials_for, parts_of, shown
+from rayft.core.errors import StorageError
+
+S3_OPTIONS = {
+    "region": str,
+    "scheme": str,
+    "endpoint_override": str,
+    "anonymous": bool,
+    "allow_bucket_creation": bool,
+    "allow_bucket_deletion": bool,
+    "force_virtual_addressing": bool,
+    "tls_ca_file_path": str,
+    "connect_timeout": float,
+    "request_timeout": float,
+}
+_GCS_WAIT = 30  # seconds of retries; pyarrow's default is 15 minutes
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]+")
+_ENDPOINT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?")
+
+
+def connect(address: str) -> tuple[Any, str]:
+    """(pyarrow file system, path in it) of an address; nothing is asked of an s3:// store yet
+    unless its region has to be found.
+
+    Raises:
+        StorageError: the address means nothing, or the bucket's region cannot be found.
+    """
+    from pyarrow import ArrowException
+
+    address = clean(address)
+    parts = parts_of(address)
+    try:
+        if parts is not None and parts.scheme == "s3":
+            return _s3(parts, address)
+        if parts is not None and parts.scheme in ("gs", "gcs"):
+            return _gcs(address, parts)
+    except (ArrowException, OSError, ValueError) as error:
+        raise StorageError(
+            f"cannot open {shown(address)}: {error}",
+            fix="s3://bucket/path?region=...&endpoint_override=host:port&scheme=http",
+        ) from error
+    raise StorageError(
+        f"cannot open {shown(address)}: not an address rayft knows",
+        fix="a local path, s3://bucket/path or gs://bucket/path",
+    )
+
+
+def _s3(parts: Parts, address: str) -> tuple[Any, str]:
+    from pyarrow.fs import S3FileSystem, resolve_s3_region
+
+    _check_bucket(parts)
+    options = _options(parts.options)
+    known = credentials_for(address)
+    if known is not None:
+        if not (known.access_key and known.secret_key):
+            raise ValueError("an access key and its secret come together: s3://KEY:SECRET@bucket")
+        options |= {"access_key": known.access_key, "secret_key": known.secret_key}
+        options |= {"session_token": known.session_token} if known.session_token else {}
+    if "endpoint_override" in options:
+        options |= _endpoint(str(options["endpoint_override"]))
+        if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
+            options.setdefault("region", "us-east-1")  # or the SDK asks a cloud's metadata server
+    elif "region" not in options:
+        options["region"] = resolve_s3_region(parts.place)
+    path = unquote(f"{parts.place}{parts.path}").rstrip("/")
+    return S3FileSystem(**options), path
+
+
+def _check_bucket(parts: Parts) -> None:
+    if not parts.place:
+        raise ValueError("it names no bucket")
+    if not _BUCKET.fullmatch(parts.place):
+        raise ValueError(f"{parts.place!r} is not the name of a bucket")
+
+
+def _options(given: dict[str, str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name, text in given.items():
+        kind = S3_OPTIONS.get(name)
+        if kind is None:
+            near = difflib.get_close_matches(name, S3_OPTIONS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(S3_OPTIONS)}"
+            raise ValueError(f"{name!r} is not an option; {hint}")
+        if kind is bool and text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"{name} is true or false, not {text!r}")
+        options[name] = text.lower() in ("true", "1") if kind is bool else kind(text)
+    return options
+
+
+def _endpoint(text: str) -> dict[str, str]:
+    """`host:port`; a scheme before it, as other tools write it, is taken as `scheme`."""
+    scheme, _, place = text.rpartition("://")
+    found = _ENDPOINT.fullmatch(place.rstrip("/"))
+    if found is None or not 0 < int(found[1] or 1) < 65536:
+        raise ValueError(f"endpoint_override is host or host:port, not {text!r}")
+    return {"endpoint_override": found[0]} | ({"scheme": scheme} if scheme else {})
+
+
+def _gcs(address: str, parts: Parts) -> tuple[Any, str]:
+    from pyarrow.fs import FileSystem
+
+    if "retry_limit_seconds" not in parts.options:
+        address += f"{'&' if '?' in address else '?'}retry_limit_seconds={_GCS_WAIT}"
+    fs, path = FileSystem.from_uri(address)
+    return fs, path.rstrip("/")
