@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import rayft
-from rayft.core.address import below, redact
+from rayft.core.address import below, carried, clean, redact
 from rayft.core.errors import MAX_LINES, ConfigError, RayftError
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def check(
     from rayft.config.source import dump
 
     run = rayft.load(config, overrides or ())
-    typer.echo(f"# {config} is valid; digest {run.digest()}")
+    _warn_of_credentials(run.addresses())
+    typer.echo(redact(f"# {config} is valid; digest {run.digest()}"))
     typer.echo(dump(run.resolved()), nl=False)
     if run.sweep is not None:
         typer.echo(f"# sweep: {_searched(run)}")
@@ -124,7 +126,7 @@ def evaluate(
     """Held-out loss of base and tuned model, per task."""
     from rayft.compose.offline import evaluate_run
 
-    _folder.set(where)
+    where = _address(where)
     typer.echo(evaluate_run(where, generate=generate, limit=limit))
 
 
@@ -147,7 +149,7 @@ def export(
         raise ConfigError(f"--check knows vllm only, not {check!r}")
     from rayft.compose.offline import export_run
 
-    _folder.set(where)
+    where, to = _address(where), to and clean(to)
     typer.echo(export_run(where, merge=merge, check=check, to=to, step=step))
 
 
@@ -158,11 +160,24 @@ def report(
     ],
 ) -> None:
     """Build report.html, trials.csv and an Optuna journal of a sweep from its storage alone."""
-    _folder.set(where)
+    where = _address(where)
     from rayft.report import build
 
     for address in build(where):
         typer.echo(address)
+
+
+def _address(where: str) -> str:
+    """The folder a command works on, without the credentials that were typed with it."""
+    where = clean(where)
+    _folder.set(where)
+    _warn_of_credentials([where])
+    return where
+
+
+def _warn_of_credentials(addresses: Iterable[str]) -> None:
+    if said := carried(addresses):
+        typer.echo(f"note: {said}", err=True)
 
 
 def _typed(command: str, config: str, overrides: list[str] | None) -> str:
@@ -259,12 +274,18 @@ def _unexpected(error: Exception) -> list[str]:
 def _log(error: Exception) -> str:
     """Write the traceback into the run's folder, or the temporary one; the line that says where."""
     name = f"rayft-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    folder = Path(_folder.get())
+    folder, opener = Path(_folder.get()), None
     if not folder.name or not folder.is_dir():
-        folder = Path(tempfile.gettempdir())
+        folder, opener = Path(tempfile.gettempdir()), _private  # everybody's folder
     text = redact("".join(traceback.format_exception(error)))
     try:
-        (folder / name).write_text(text, encoding="utf-8")
+        with open(folder / name, "x", encoding="utf-8", opener=opener) as file:  # noqa: PTH123
+            file.write(text)
     except OSError as reason:  # a full disk must not hide the error itself
         return f"  traceback: could not be written to {folder / name} ({reason.strerror})"
     return f"  traceback: {folder / name}"
+
+
+def _private(path: str, flags: int) -> int:
+    """An opener: for this user alone, and never through what somebody else has put there."""
+    return os.open(path, flags, 0o600)

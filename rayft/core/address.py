@@ -23,7 +23,9 @@ _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*://"
 _NAME = r"[^\s/@:'\"<>?]"
 _USER = rf"(?!(?:git|anonymous)@)(?:{_NAME}*:[^\s/'\"<>?]*@|{_NAME}*:[^\s@'\"<>?]*@|{_NAME}+@)"
 _USERINFO = re.compile(rf"({_SCHEME})({_USER})")
-_OPTION = re.compile(rf"([?&])({'|'.join(SECRET_OPTIONS)})=([^&\s'\"<>]*)(&?)", re.IGNORECASE)
+_SECRET = rf"({'|'.join(SECRET_OPTIONS)})=([^&\s'\"<>]*)"
+_OPTION = re.compile(rf"[?&]{_SECRET}", re.IGNORECASE)
+_OPTIONS = re.compile(rf"([?&])((?:{_SECRET}&?)+)", re.IGNORECASE)
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?]*)([^?]*)(?:\?(.*))?", re.DOTALL)
 _SHORT = 8  # characters; a shorter secret would hide words of every message
 
@@ -65,7 +67,7 @@ def clean(address: str) -> str:
     if "://" not in address:
         return address
     user = _USERINFO.match(address)
-    secret = {name.lower(): unquote(value) for _, name, value, _ in _OPTION.findall(address)}
+    secret = {name.lower(): unquote(value) for name, value in _OPTION.findall(address)}
     bare = _bare(address)
     if user is not None:
         key, _, word = user[2][:-1].partition(":")
@@ -148,7 +150,7 @@ def _bare(text: str) -> str:
     if "://" in text:
         text = _USERINFO.sub(r"\1", text)
     if "=" in text:
-        text = _OPTION.sub(lambda found: found[1] if found[4] else "", text)
+        text = _OPTIONS.sub(lambda found: found[1] if found[2].endswith("&") else "", text)
     return text
 
 
