@@ -6,13 +6,14 @@ import re
 
 from pydantic import ValidationError
 
-from rayft.config import rules
+from rayft.config import addresses, rules
 from rayft.config.mistakes import Mistake, sentences
 from rayft.config.run import Run
 from rayft.config.source import Source, split
 from rayft.core.errors import ConfigError
 
 LISTED = 8  # mistakes shown at once
+NAMED = 100  # mistakes that are put into words: the nearest name takes milliseconds each
 
 
 def validated(found: Source, wrong: list[Mistake]) -> Run:
@@ -25,8 +26,10 @@ def validated(found: Source, wrong: list[Mistake]) -> Run:
         run = Run.model_validate(found.data)
     except ValidationError as error:
         known = {keys for keys, _ in wrong}
-        details = error.errors(include_url=False)
+        details = error.errors(include_url=False)[:NAMED]
         wrong = [*wrong, *(m for m in sentences(details, found.data) if m[0] not in known)]
+    else:
+        wrong = [*wrong, *addresses.mistakes(run)]
     if wrong:
         raise refusal(found, wrong)
     return run
@@ -59,7 +62,8 @@ def refusal(found: Source, wrong: list[Mistake], noun: str = "mistake") -> Confi
         keys, said = wrong[0]
         return ConfigError(said, where=found.where(keys), fix=fix)
     nouns = "reasons to refuse" if noun != "mistake" else "mistakes"
-    lines = [f"{len(wrong)} {nouns} in {found.name}"]
+    many = "or more " if len(wrong) >= NAMED else ""
+    lines = [f"{len(wrong)} {many}{nouns} in {found.name}"]
     lines += [f"  {found.where(keys)}: {said}" for keys, said in wrong[:LISTED]]
     if len(wrong) > LISTED:
         lines.append(f"  ... and {len(wrong) - LISTED} more")

@@ -40,7 +40,11 @@ def load(source: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] 
     elif isinstance(source, str | Path):
         found = read(Path(source))
     else:
-        found = Source("config", source.resolved() if isinstance(source, Run) else plain(source))
+        try:
+            data = source.resolved() if isinstance(source, Run) else plain(source)
+        except RecursionError:
+            raise ConfigError("the mapping nests without end, or contains itself") from None
+        found = Source("config", data)
     if found.data is None:
         found.data = {}
     if not isinstance(found.data, dict):

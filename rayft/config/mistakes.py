@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic_core import ErrorDetails
 
 from rayft.config.base import Spec
+from rayft.config.data import CLEAN
 from rayft.config.foreign import GONE, RENAMED
 from rayft.config.shape import ROOT, Place, every_field, place, under
 from rayft.config.source import Keys, dotted
@@ -31,12 +32,13 @@ _BOUNDS = {
     "greater_than": "above {gt}",
     "greater_than_equal": "{ge} or more",
     "less_than": "below {lt}",
-    "less_than_equal": "at most {le}",
+    "less_than_equal": "at most {le:,}",
     "finite_number": "a finite number",
 }
 _PATTERNS = {
     r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "a letter or digit, then letters, digits, dots, dashes and "
     "underscores (it names a folder)",
+    CLEAN: "text without line breaks and control characters",
 }
 
 
@@ -134,12 +136,17 @@ def _want(error: ErrorDetails) -> str:
     if sort == "literal_error":
         words = [word.strip("'") for word in re.split(r", | or ", context["expected"])]
         return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+    if sort == "string_too_long":
+        return f"text of at most {context['max_length']:,} characters"
     if sort == "string_pattern_mismatch":
         return _PATTERNS.get(context["pattern"], f"text that matches {context['pattern']}")
     if sort == "too_short":
         return f"a list of {context['min_length']} or more"
     if sort == "too_long":
         most = context["max_length"]
+        if most > 2:  # pairs are the only lists of fixed length
+            noun = "mapping" if context["field_type"] == "Dictionary" else "list"
+            return f"a {noun} of at most {most:,}"
         return f"a list of {most}" if most else "an empty list (no kind exists in this version)"
     return _EXPECTED.get(sort.split("_")[0], error["msg"].lower())
 

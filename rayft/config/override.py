@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rayft.config.base import Spec
+from rayft.config.dialect import DEPTH
 from rayft.config.mistakes import place_of
 from rayft.config.source import Keys, Source, dotted, parse, split
 from rayft.config.sweep import KINDS
@@ -24,6 +25,8 @@ def override(found: Source, text: str) -> None:
     keys = _keys(path.strip(), found.data)
     if not sign or not path.strip() or "" in keys:
         raise ConfigError(f"an override is written a.b=value, not {text!r}")
+    if len(keys) > DEPTH:
+        raise ConfigError(f"an override goes {len(keys):,} levels deep; no config does")
     told = f"override {text if len(text) <= 60 else text[:57] + '...'}"
     new = parse(value, "override", told)
     new.places[()] = told

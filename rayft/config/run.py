@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayft.config.base import Address, Spec
+from rayft.config.base import STEPS, Address, Spec
 from rayft.config.data import DataSpec, SourceSpec
 from rayft.config.methods import FullSpec, LoraSpec, MethodSpec
 from rayft.config.objectives import ObjectiveSpec, SftSpec
 from rayft.config.penalties import Penalties
 from rayft.config.strategies import PRESETS, DdpSpec, StrategySpec, ZeroSpec
 from rayft.config.sweep import SweepSpec
+
+WORKERS = 100_000
 
 
 class ModelSpec(Spec):
@@ -57,7 +59,7 @@ class OptimSpec(Spec):
     """Decoupled; never on biases, norms and embeddings' one-dimensional parameters."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape after the warm-up."""
-    warmup: float = Field(0.03, ge=0)
+    warmup: float = Field(0.03, ge=0, le=STEPS)
     """Below 1: share of all steps; 1 and above: steps."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Where linear and cosine end, relative to the peak."""
@@ -75,27 +77,27 @@ class OptimSpec(Spec):
 class TrainSpec(Spec):
     """How long, how much per step, and what is kept."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=STEPS)
     """Optimizer steps; or say epochs."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=10**6)
     """Passes over the training data; or say steps."""
-    global_batch: int = Field(16, ge=1)
+    global_batch: int = Field(16, ge=1, le=10**7)
     """Rows per optimizer step over all workers (packed: rows of max_length)."""
-    micro_batch: int = Field(4, ge=1)
+    micro_batch: int = Field(4, ge=1, le=10**6)
     """Rows per forward pass on one worker."""
-    eval_every: int | None = Field(None, ge=1)
+    eval_every: int | None = Field(None, ge=1, le=STEPS)
     """Steps between evaluations; default: only before the first and after the last step."""
-    eval_batch: int | None = Field(None, ge=1)
+    eval_batch: int | None = Field(None, ge=1, le=10**6)
     """Rows per evaluation forward pass; default: micro_batch."""
-    save_every: int | None = Field(None, ge=1)
+    save_every: int | None = Field(None, ge=1, le=STEPS)
     """Steps between checkpoints; default: eval_every, else only at the end."""
-    keep: int = Field(2, ge=2)
+    keep: int = Field(2, ge=2, le=10**6)
     """Committed checkpoints kept, besides the best one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; auto: model.dtype."""
-    log_every: int = Field(1, ge=1)
+    log_every: int = Field(1, ge=1, le=STEPS)
     """Steps between lines of metrics.jsonl."""
 
     @model_validator(mode="after")
@@ -111,21 +113,23 @@ class ScaleSpec(Spec):
     workers: int | tuple[int, int] = 1
     """Ray Train workers; 0 trains in this process without Ray (debugging); [min, max] is
     elastic."""
-    gpus: float | None = Field(None, ge=0)
+    gpus: float | None = Field(None, ge=0, le=1024)
     """GPUs per worker; default: 1 where the cluster has GPUs, else 0."""
-    cpus: float = Field(1, gt=0)
+    cpus: float = Field(1, gt=0, le=10_000)
     """CPUs per worker; also its thread count."""
-    resources: dict[str, float] = {}
+    resources: dict[str, Annotated[float, Field(ge=0, le=10**9)]] = {}
     """Further Ray resources per worker."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray placement strategy."""
-    retries: int = Field(3, ge=0)
+    retries: int = Field(3, ge=0, le=10**6)
     """Attempts after the first one, each from the last commit, with back-off."""
 
     @field_validator("workers")
     @classmethod
     def _workers(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
         low, high = value if isinstance(value, tuple) else (value, value)
+        if high > WORKERS:
+            raise ValueError(f"no cluster holds {high:,} workers; at most {WORKERS:,}")
         if low < 0 or high < low or (isinstance(value, tuple) and low < 1):
             raise ValueError(
                 "workers must be 0 or more; an elastic range is [min, max] with 1 <= min <= max"
@@ -136,13 +140,13 @@ class ScaleSpec(Spec):
 class Run(Spec):
     """One run, fully resolved. `name` and `storage` identify it; the same config continues it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Run name: the folder below storage."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of data order, initialisation and dropout."""
     model: ModelSpec
     """The base model; a bare string is its path."""
-    methods: tuple[MethodSpec, ...] = Field((LoraSpec(),), min_length=1)
+    methods: tuple[MethodSpec, ...] = Field((LoraSpec(),), min_length=1, max_length=32)
     """What is trainable; several make a hybrid."""
     objective: ObjectiveSpec = SftSpec()
     """What is minimised."""

@@ -1,54 +1,37 @@
 """Config text -> plain data, with the line of every key.
 
-The dialect is YAML 1.2's core schema, of which JSON is a part: `2e-4` is a number, `no` and `off`
-are text (a bool field still understands them), `010` is ten and a date is text. Anchors, aliases
-and `<<` merges work. Duplicate keys are errors. No torch, no I/O but reading the one file.
+Anchors, aliases and `<<` merges work; a key written twice is an error, and so is text that unfolds
+to more than any config holds. No torch, no I/O but reading the one file.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rayft.config.dialect import (
+    DEPTH,
+    SIZE,
+    TAG,
+    VALUES,
+    Excess,
+    Loader,
+    check_tag,
+    dump,
+    excess_depth,
+    excess_values,
+    joined,
+    scalar,
+)
 from rayft.core.errors import ConfigError
 
+__all__ = ["Keys", "Source", "dotted", "dump", "parse", "read", "split"]
+
 Keys = tuple[str | int, ...]
-
-_TAG = "tag:yaml.org,2002:"
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes whatever YAML 1.1 or 1.2 would read as something else than text."""
-
-
-for _name, _pattern, _first in (
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
-    (
-        "float",
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-        list("-+.0123456789"),
-    ),
-    ("merge", r"^<<$", ["<"]),
-):
-    for _side in (_Loader, _Dumper):
-        _side.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
-
-_Loader.add_constructor(_TAG + "int", lambda _, node: int(node.value))
-_Loader.add_constructor(
-    _TAG + "float",
-    lambda _, node: float(re.sub(r"^([-+]?)\.(?=[iInN])", r"\1", node.value)),
-)
 
 
 @dataclass
@@ -92,44 +75,57 @@ class Source:
 class _Walk:
     """One pass over the node tree of one document."""
 
-    def __init__(self, name: str, loader: _Loader, place: str | None) -> None:
+    def __init__(self, name: str, loader: Loader, place: str | None) -> None:
         self.loader, self.name, self.place = loader, name, place
         self.source = Source(name, None)
         self.doubles: list[str] = []
         self.open: list[yaml.Node] = []
+        self.seen = 0  # values so far, those behind an alias each time it is used
 
     def at(self, node: yaml.Node) -> str:
         return self.place or f"{self.name}:{node.start_mark.line + 1}"
 
-    def value(self, node: yaml.Node, keys: Keys) -> Any:
+    def enter(self, node: yaml.Node) -> None:
+        """Begin with a list or mapping; whoever ends it takes it off `open`."""
         if any(node is outer for outer in self.open):
             raise ConfigError("an alias refers to something that contains it", where=self.at(node))
+        if len(self.open) == DEPTH:
+            raise excess_depth(node.start_mark)
+        check_tag(node)
+        self.open.append(node)
+
+    def count(self, node: yaml.Node) -> None:
+        self.seen += 1
+        if self.seen > VALUES:
+            raise excess_values(node.start_mark)
+
+    def value(self, node: yaml.Node, keys: Keys) -> Any:
+        self.count(node)
         self.source.places.setdefault(keys, self.at(node))
         if isinstance(node, yaml.ScalarNode):
-            result = self.loader.construct_object(node)
-            if isinstance(result, str):
-                return _joined(result)
-            self.source.raw[keys] = node.value
+            result = scalar(self.loader, node)
+            if not isinstance(result, str):
+                self.source.raw[keys] = node.value
             return result
-        self.open.append(node)
-        try:
-            if isinstance(node, yaml.SequenceNode):
-                return [self.value(item, (*keys, i)) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
             return self.mapping(node, keys)
-        finally:
-            self.open.pop()
+        self.enter(node)
+        values = [self.value(item, (*keys, i)) for i, item in enumerate(node.value)]
+        self.open.pop()
+        return values
 
-    def mapping(self, node: yaml.Node, keys: Keys) -> dict[str, Any]:
+    def mapping(self, node: yaml.MappingNode, keys: Keys) -> dict[str, Any]:
+        self.enter(node)
         result: dict[str, Any] = {}
         first: dict[str, yaml.Node] = {}
         merged: list[yaml.Node] = []
         for key, child in node.value:
-            if key.tag == _TAG + "merge":
+            if key.tag == TAG + "merge":
                 merged += child.value if isinstance(child, yaml.SequenceNode) else [child]
                 continue
             if not isinstance(key, yaml.ScalarNode):
                 raise ConfigError("a key must be a word, not a list or mapping", where=self.at(key))
-            word = _joined(key.value)
+            word = joined(key.value, key.start_mark)
             if word in first:
                 path = dotted((*keys, word))
                 self.doubles.append(
@@ -143,16 +139,11 @@ class _Walk:
         for child in merged:
             if not isinstance(child, yaml.MappingNode):
                 raise ConfigError("<< can only merge mappings", where=self.at(child))
+            self.count(child)
             for word, value in self.mapping(child, keys).items():
                 result.setdefault(word, value)
+        self.open.pop()
         return result
-
-
-def _joined(text: str) -> str:
-    """JSON escapes a character beyond U+FFFF as two surrogates; YAML reads them as two."""
-    if not any("\ud800" <= character <= "\udfff" for character in text):
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16")
 
 
 def dotted(keys: Keys) -> str:
@@ -162,7 +153,12 @@ def dotted(keys: Keys) -> str:
 
 def split(path: str) -> Keys:
     """The inverse of `dotted`: list entries by number."""
-    return tuple(int(part) if part.isdigit() else part for part in path.split(".") if path)
+    return tuple(int(part) if _is_index(part) else part for part in path.split(".") if path)
+
+
+def _is_index(part: str) -> bool:
+    """`0` to `99999`; not `²`, which is a digit to Python, nor more digits than any list needs."""
+    return part.isascii() and part.isdigit() and len(part) < 6
 
 
 def parse(text: str, name: str, place: str | None = None) -> Source:
@@ -179,14 +175,14 @@ def parse(text: str, name: str, place: str | None = None) -> Source:
     # Outside of strings a tab in JSON is only space, but YAML refuses it.
     loader = None
     try:
-        loader = _Loader(text.replace("\t", " ") if name.endswith(".json") else text)
+        loader = Loader(text.replace("\t", " ") if name.endswith(".json") else text)
         node = loader.get_single_node()
         walk = _Walk(name, loader, place)
         if node is not None:
             walk.source.data = walk.value(node, ())
     except yaml.MarkedYAMLError as error:
         raise _broken(error, text, name, place) from None
-    except (yaml.reader.ReaderError, ValueError) as error:
+    except (yaml.reader.ReaderError, ValueError, OverflowError) as error:
         raise ConfigError(f"this is not YAML: {str(error).splitlines()[0]}", where=name) from None
     finally:
         if loader is not None:
@@ -216,6 +212,8 @@ def _broken(error: yaml.MarkedYAMLError, text: str, name: str, place: str | None
     """The parser's complaint as one sentence with line and column."""
     mark = error.problem_mark or error.context_mark
     problem = error.problem or str(error)
+    if isinstance(error, Excess):
+        return ConfigError(problem, where=place or f"{name}:{mark.line + 1}:{mark.column + 1}")
     said = next((plain for start, plain in _PLAIN if start in problem), problem)
     if mark is None:
         return ConfigError(f"broken YAML: {said}", where=place or name)
@@ -229,11 +227,6 @@ def _broken(error: yaml.MarkedYAMLError, text: str, name: str, place: str | None
     )
 
 
-def dump(data: Any) -> str:
-    """YAML text that `parse`, and other YAML readers, read back as `data`."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-
-
 def read(path: Path) -> Source:
     """Read and parse a config file.
 
@@ -241,7 +234,11 @@ def read(path: Path) -> Source:
         ConfigError: there is no such file, it is no text, or `parse` refuses it.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(SIZE + 1)
+        if len(data) > SIZE:
+            raise ConfigError(f"{path} is longer than {SIZE:,} bytes; that is no config")
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}", fix=_nearby(path)) from None
     except IsADirectoryError:
@@ -258,7 +255,11 @@ def _nearby(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder {folder} either; you are in {Path.cwd()}"
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in {".yaml", ".yml", ".json"})
+    try:
+        found = list(folder.iterdir())
+    except OSError:  # may not be listed
+        found = []
+    names = sorted(p.name for p in found if p.suffix in {".yaml", ".yml", ".json"})
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     if near:
         return f"did you mean {folder / near[0]}?"

@@ -142,6 +142,8 @@ def mistakes(run: Run) -> list[Mistake]:
 
 def _place(path: str, seen: list[str]) -> Iterator[str]:
     """Why `path` cannot be searched beside the paths in `seen`."""
+    if not path or dotted(split(path)) != path:
+        yield f"{path!r} is no path of a config field, as methods.0.rank"
     for fixed, why in FIXED.items():
         if _within(path, fixed):
             yield f"{path} cannot be searched: {why}"

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
-from rayft.config.base import Spec
+from rayft.config.base import STEPS, Spec
 from rayft.core.address import clean_all
 
+LISTED = 1000  # values of a space, one by one: `check` tries each on the config
+TRIALS = 10**6
 KINDS = ("choice", "grid", "uniform", "loguniform", "int", "paired")
 """Of a domain, as they are written."""
 
@@ -21,9 +24,9 @@ class Domain(Spec):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    choice: tuple[Any, ...] | None = Field(None, min_length=1)
+    choice: tuple[Any, ...] | None = Field(None, min_length=1, max_length=LISTED)
     """One of these values."""
-    grid: tuple[Any, ...] | None = Field(None, min_length=1)
+    grid: tuple[Any, ...] | None = Field(None, min_length=1, max_length=LISTED)
     """Every one of these values (search: grid or random)."""
     uniform: tuple[float, float] | None = None
     """[low, high], evenly."""
@@ -31,7 +34,7 @@ class Domain(Spec):
     """[low, high], evenly in the logarithm."""
     integers: tuple[int, int] | None = Field(None, alias="int")
     """[low, high], whole numbers, both ends included."""
-    paired: tuple[dict[str, Any], ...] | None = Field(None, min_length=1)
+    paired: tuple[dict[str, Any], ...] | None = Field(None, min_length=1, max_length=LISTED)
     """Fields that change together, each entry {path: value, ...}; the dimension's own name is free
     then."""
 
@@ -73,10 +76,11 @@ class Domain(Spec):
             raise ValueError("every entry of paired must set the same fields")
         if self.paired is not None and not self.paired[0]:
             raise ValueError("an entry of paired is a mapping {path: value, ...}, not empty")
-        listed = [repr(value) for value in self.choice or self.grid or self.paired or ()]
-        for text in listed:
-            if listed.count(text) > 1:
-                raise ValueError(f"{text} is listed twice")
+        if self.integers is not None and self.integers[1] - self.integers[0] > 2**53:
+            raise ValueError(f"a range of whole numbers spans at most 2**53, got {self.integers}")
+        listed = Counter(repr(v) for v in self.choice or self.grid or self.paired or ())
+        if twice := [text for text, times in listed.items() if times > 1]:
+            raise ValueError(f"{twice[0]} is listed twice")
         return self
 
     @model_serializer
@@ -123,7 +127,7 @@ class OptunaSpec(Spec):
     """Tree-structured Parzen estimator (Bergstra et al. 2011), by Optuna."""
 
     kind: Literal["optuna"] = "optuna"
-    startup: int = Field(8, ge=1)
+    startup: int = Field(8, ge=1, le=TRIALS)
     """Random trials before the model is trusted."""
 
 
@@ -143,9 +147,9 @@ class AshaSpec(Spec):
     """Asynchronous successive halving (Li et al. 2018, arXiv 1810.05934)."""
 
     kind: Literal["asha"] = "asha"
-    grace: int | None = Field(None, ge=1)
+    grace: int | None = Field(None, ge=1, le=STEPS)
     """Steps that every trial gets; default: the first evaluation."""
-    factor: float = Field(3, gt=1)
+    factor: float = Field(3, gt=1, le=10**6)
     """One trial in `factor` survives a rung; the next rung is `factor` times as far."""
 
 
@@ -154,7 +158,7 @@ class PbtSpec(Spec):
     weights and all, and go on with other settings."""
 
     kind: Literal["pbt"] = "pbt"
-    every: int | None = Field(None, ge=1)
+    every: int | None = Field(None, ge=1, le=STEPS)
     """Steps between two exploits; default: every evaluation."""
     quantile: float = Field(0.25, gt=0, le=0.5)
     """Share of the population that copies, and that is copied."""
@@ -166,9 +170,9 @@ class MedianSpec(Spec):
     """Stop what is worse than the median of the others at the same step (Golovin et al. 2017)."""
 
     kind: Literal["median"] = "median"
-    grace: int | None = Field(None, ge=1)
+    grace: int | None = Field(None, ge=1, le=STEPS)
     """Steps that every trial gets; default: the first evaluation."""
-    least: int = Field(3, ge=1)
+    least: int = Field(3, ge=1, le=TRIALS)
     """Trials to compare with before any is stopped."""
 
 
@@ -189,15 +193,15 @@ class SweepSpec(Spec):
     """Any metric of an evaluation: eval_loss, eval_ppl, eval_loss/TASK."""
     mode: Literal["min", "max"] = "min"
     """Which way is better."""
-    trials: int | None = Field(None, ge=1)
+    trials: int | None = Field(None, ge=1, le=TRIALS)
     """Trials in all (also: max_trials); default 32, of a grid all its combinations."""
-    max_seconds: float | None = Field(None, gt=0)
+    max_seconds: float | None = Field(None, gt=0, le=10**9)
     """Start no trial and end those that run after this time, over all starts of the sweep."""
     target: float | None = None
     """Stop as soon as a trial's metric is this good."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=STEPS)
     """Optimizer steps of a trial; default train.steps. With refit the winner gets train.steps."""
-    space: dict[str, Domain] = Field(min_length=1)
+    space: dict[str, Domain] = Field(min_length=1, max_length=100)
     """{path of a config field: choice | grid | uniform | loguniform | int | paired}."""
     search: SearchSpec = OptunaSpec()
     """Where the next trial's values come from."""
@@ -205,11 +209,11 @@ class SweepSpec(Spec):
     """Which trials are stopped early."""
     pack: Literal["auto", "off"] = "auto"
     """auto: LoRA trials share one frozen base per GPU or CPU core; off: one Ray Train run each."""
-    slots: int | None = Field(None, ge=1)
+    slots: int | None = Field(None, ge=1, le=10_000)
     """Trials per pack; default: 16 on a GPU, 1 to 4 on a CPU core, fewer where memory ends."""
-    packs: int | None = Field(None, ge=1)
+    packs: int | None = Field(None, ge=1, le=10_000)
     """Packs at most; default: one per GPU, without GPUs one per CPU core."""
-    seeds: int = Field(1, ge=1)
+    seeds: int = Field(1, ge=1, le=1000)
     """Seeds of the winner: it is trained again with seeds - 1 others, for the spread."""
     refit: bool = False
     """Train the winner again as its own Ray Train run, for train.steps, and export that."""
@@ -229,6 +233,14 @@ class SweepSpec(Spec):
     def _something(cls, value: Any) -> Any:
         if value in (None, {}):
             raise ValueError("name at least one field, e.g. optim.lr: {loguniform: [1e-5, 1e-3]}")
+        return value
+
+    @field_validator("space")
+    @classmethod
+    def _few(cls, value: dict[str, Domain]) -> dict[str, Domain]:
+        listed = sum(len(d.choice or d.grid or d.paired or ()) for d in value.values())
+        if listed > LISTED:
+            raise ValueError(f"lists {listed:,} values, of {LISTED:,} at most; ranges take more")
         return value
 
     @property

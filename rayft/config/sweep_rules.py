@@ -9,6 +9,7 @@ from rayft.config.run import Run
 from rayft.config.sweep import (
     PERTURBABLE,
     PERTURBABLE_OF_METHODS,
+    TRIALS,
     AshaSpec,
     Domain,
     GridSpec,
@@ -178,6 +179,12 @@ SWEEP_RULES: tuple[Rule, ...] = (
         "sweep.trials: {run.sweep.trials}, but the grid has {run.sweep.combinations} combinations; "
         "leave trials out to run each once",
         "sweep.trials",
+    ),
+    Rule(
+        lambda run: _sweep(run).count > TRIALS,
+        "a grid of {run.sweep.count:,} combinations is more than any sweep can try; list fewer "
+        "values, or use sweep.search: random or optuna",
+        "sweep.space",
     ),
     Rule(
         lambda run: _pbt(run) and _searches(run, OptunaSpec),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from rayft.core.address import redact
 
 MAX_LINES = 15
+LONGEST, LONGEST_PASTED = 500, 4000  # characters of a line; of one that holds a path or a command
 
 
 class RayftError(Exception):
@@ -32,11 +33,11 @@ class RayftError(Exception):
 
     def __str__(self) -> str:
         tail = [
-            f"  {label}: {text}"
+            f"  {label}: {line_of(text, LONGEST_PASTED)}"
             for label, text in (("where", self.where), ("cause", self.cause), ("next", self.fix))
             if text
         ]
-        head = f"{self.label}: {self.what}".splitlines()
+        head = [line_of(line) for line in f"{self.label}: {self.what}".splitlines()]
         room = MAX_LINES - len(tail)
         if len(head) > room:
             head = [*head[: room - 1], f"  ... and {len(head) - room + 1} more"]
@@ -45,6 +46,17 @@ class RayftError(Exception):
     def __reduce__(self):
         # Exceptions cross process borders (Ray pickles them): rebuild from the four texts.
         return _rebuild, (type(self), self.what, self.where, self.cause, self.fix)
+
+
+def line_of(text: str, longest: int = LONGEST) -> str:
+    """`text` as one line that any terminal can show: control characters and halves of characters
+    (of a path that is no UTF-8) are escaped, the middle of a very long line is left out."""
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+    if text.isprintable():
+        return text
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(escaped)
 
 
 def _rebuild(kind: type[RayftError], what: str, where: str, cause: str, fix: str) -> RayftError:

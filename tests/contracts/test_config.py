@@ -85,6 +85,8 @@ def values(info: FieldInfo) -> st.SearchStrategy[Any]:
         match limit:
             case annotated_types.MinLen():
                 bounds["min_length"] = limit.min_length
+            case annotated_types.MaxLen():
+                bounds["max_length"] = limit.max_length
             case annotated_types.Ge():
                 bounds["ge"] = limit.ge
             case annotated_types.Gt():
@@ -135,7 +137,8 @@ def scalar(kind: Any, bounds: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 def text(bounds: dict[str, Any]) -> st.SearchStrategy[str]:
     if bounds.get("pattern"):
-        return st.from_regex(bounds["pattern"].replace("$", r"\Z"), fullmatch=True)
+        whole = st.from_regex(bounds["pattern"].replace("$", r"\Z"), fullmatch=True)
+        return whole.filter(lambda found: len(found) <= bounds["max_length"])
     return st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12)
 
 
@@ -330,7 +333,7 @@ def test_a_missing_section_points_at_its_parent(tmp_path: Path) -> None:
         ("name: 'a\n", "2:1", "a quote is not closed"),
         ("a: 1\n  b: 2\n", "2:4", "a second `: `"),
         ("a: *b\n", "1:4", "has no anchor"),
-        ("a: !!python/object:os.system {}\nb: !foo bar\n", "2:4", "tags"),
+        ("a: !!python/object:os.system {}\nb: !foo bar\n", "1:4", "tags"),
         ("a: 1\n---\nb: 2\n", "2:1", "second `---` document"),
         ("- a\n", "", "a config is a mapping"),
         ("a: &a [*a]\n", "1", "an alias refers to something that contains it"),

@@ -250,6 +250,7 @@ def test_a_wide_range_of_whole_numbers_is_not_listed() -> None:
 # --- rules ---------------------------------------------------------------------------------------
 
 GRID = {"space": {"methods.0.rank": {"grid": [4, 8]}, "methods.0.alpha": {"choice": [1, 2, 3]}}}
+ENDLESS = {"trials": None, "search": {"kind": "grid"}}
 PBT = {"scheduler": {"kind": "pbt"}, "search": {"kind": "random"}}
 RANKS = {"methods.0.rank": {"choice": [4, 8]}}
 NONE = {"kind": "none"}
@@ -313,6 +314,11 @@ CASES: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
         "trials: 7, but the grid has 6 combinations",
         {"sweep": GRID | {"trials": 7, "search": {"kind": "grid"}}},
         [{"sweep": GRID | {"trials": trials, "search": {"kind": "grid"}}} for trials in (6, None)],
+    ),
+    (
+        "a grid of 2,000,000 combinations",
+        {"sweep": ENDLESS | {"space": {"seed": {"int": [1, 2_000_000]}}}},
+        [{"sweep": ENDLESS | {"space": {"seed": {"int": [1, 1_000_000]}}}}],
     ),
     ("behind optuna's back", {"sweep": PBT | {"search": {"kind": "optuna"}}}, [{"sweep": PBT}]),
     (
