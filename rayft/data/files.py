@@ -11,7 +11,8 @@ import glob
 import hashlib
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -80,7 +81,7 @@ class File:
         everything once more would cost as much as the tokenisation."""
         if not self.local:
             return hashlib.sha256(f"{self.name}\n{self.size}\n{self.mtime_ns}".encode()).hexdigest()
-        with Path(self.uri).open("rb") as file:
+        with readable(self.name), Path(self.uri).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -88,13 +89,28 @@ def find(path: str, base: Path | None = None) -> list[File]:
     """The files behind a path, folder, glob or URI, sorted by name.
 
     Raises:
-        ConfigError: nothing is there (with the nearest existing name), or an unknown scheme.
-        DataError: the store cannot be listed, or a folder holds no file of a known format.
+        ConfigError: an unknown scheme.
+        DataError: nothing is there (with the nearest existing name), it cannot be read or listed,
+            or a folder holds no file of a known format.
     """
     if _is_uri(path):
         return _find_remote(path)
     local = Path(path).expanduser()
     local = ((base or Path()) / local).absolute()
+    with readable(path):
+        return _find_local(path, local)
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """What the system says about a file that cannot be read, as a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot read {name}", cause=str(error.strerror or error)) from error
+
+
+def _find_local(path: str, local: Path) -> list[File]:
     if local.is_file():
         return [_local(local)]
     if local.is_dir():
@@ -105,11 +121,11 @@ def find(path: str, base: Path | None = None) -> list[File]:
         files = sorted((_local(hit) for hit in hits if hit.is_file()), key=lambda file: file.uri)
         if files:
             return files
-        raise ConfigError(f"no file matches {path}", where=f"data source {path}")
+        raise DataError(f"no file matches {path}", where=str(local))
     raise missing(path, local)
 
 
-def missing(path: str, local: Path) -> ConfigError:
+def missing(path: str, local: Path) -> DataError:
     """The error for a path that does not exist, with the nearest name that does."""
     parent = local.parent
     while not parent.is_dir() and parent != parent.parent:
@@ -117,12 +133,13 @@ def missing(path: str, local: Path) -> ConfigError:
     wanted = local.relative_to(parent).parts[0]
     near = difflib.get_close_matches(wanted, [item.name for item in parent.iterdir()], 1, 0.5)
     hint = f"did you mean {parent / near[0]}?" if near else f"{parent} has nothing like it"
-    return ConfigError(f"no such file or folder: {path}", where=str(local), fix=hint)
+    return DataError(f"no such file or folder: {path}", where=str(local), fix=hint)
 
 
 def exists(path: str) -> bool:
     """Whether a local path is there."""
-    return not _is_uri(path) and Path(path).expanduser().exists()
+    with readable(path):
+        return not _is_uri(path) and Path(path).expanduser().exists()
 
 
 def looks_like_file(path: str) -> bool:
@@ -139,7 +156,7 @@ def looks_like_file(path: str) -> bool:
 def line_blocks(file: File, size: int) -> list[tuple[int, int, int]]:
     """(start, stop, first line number) of pieces of about `size` bytes that end at line ends."""
     blocks, line = [], 1
-    with Path(file.uri).open("rb") as source:
+    with readable(file.name), Path(file.uri).open("rb") as source:
         while True:
             start = source.tell()
             chunk = source.read(size)
@@ -214,7 +231,7 @@ def _find_remote(uri: str) -> list[File]:
         wanted = re.compile(_pattern(head))
         files = [file for file in files if wanted.fullmatch(file.name)]
         if not files:
-            raise ConfigError(f"no file matches {head}")
+            raise DataError(f"no file matches {head}", where=fixed)
         return sorted(files, key=lambda file: file.uri)
     if not files:
         raise _missing_remote(system, path, head)
@@ -228,12 +245,12 @@ def _infos(system: fs.FileSystem, path: str) -> list[fs.FileInfo]:
     return [info] if info.type == fs.FileType.File else []
 
 
-def _missing_remote(system: fs.FileSystem, path: str, shown: str) -> ConfigError:
+def _missing_remote(system: fs.FileSystem, path: str, shown: str) -> DataError:
     parent, _, name = path.rpartition("/")
     listed = system.get_file_info(fs.FileSelector(parent, allow_not_found=True)) if parent else []
     near = difflib.get_close_matches(name, [info.base_name for info in listed], 1, 0.5)
     fix = f"did you mean {near[0]}?" if near else ""
-    return ConfigError(f"no such object or folder: {shown}", fix=fix)
+    return DataError(f"no such object or folder: {shown}", where=parent, fix=fix)
 
 
 def _pattern(text: str) -> str:

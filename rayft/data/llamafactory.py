@@ -14,7 +14,7 @@ from typing import Any
 
 from rayft.config.data import SourceSpec
 from rayft.core.errors import ConfigError, DataError
-from rayft.data.files import missing
+from rayft.data.files import missing, readable
 from rayft.data.shapes import Layout
 
 _COLUMNS = {"system", "tools", "history", "chosen", "rejected"}  # named alike on both sides
@@ -55,17 +55,20 @@ def entry(spec: SourceSpec) -> Entry:
     """The dataset `spec.path` of the file `spec.dataset_info` (or of the folder that holds it).
 
     Raises:
-        ConfigError: no such file or name, or a kind of dataset that rayft does not read.
-        DataError: the file is not JSON.
+        ConfigError: no such name, or a kind of dataset that rayft does not read.
+        DataError: no such file, or it holds no JSON mapping.
     """
     file = Path(spec.dataset_info or ".").expanduser()
     file = file / "dataset_info.json" if file.is_dir() else file
     if not file.is_file():
         raise missing(str(file), file.absolute())
     try:
-        table = json.loads(file.read_bytes())
-    except ValueError as error:
+        with readable(str(file)):
+            table = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON", where=str(error)) from error
+    if not isinstance(table, dict) or not isinstance(table.get(spec.path, {}), dict):
+        raise DataError(f"{file} is no mapping {{name: {{file_name: ...}}}}")
     if spec.path not in table:
         near = difflib.get_close_matches(spec.path, table, 1, 0.0)
         hint = f"; did you mean {near[0]!r}?" if near else ""

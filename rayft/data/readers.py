@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayft.core.errors import DataError
-from rayft.data.files import File, line_blocks
+from rayft.data.files import File, line_blocks, readable
 
 PREVIEW = 160  # characters of a bad row that are kept
 INVALID_UTF8 = "invalid UTF-8"
@@ -91,7 +91,7 @@ def _numbered(file: File, block: Block) -> Iterator[tuple[int, bytes]]:
     if stop < 0:
         source: Iterable[bytes] = file.stream()
     else:
-        with Path(file.uri).open("rb") as whole:
+        with readable(file.name), Path(file.uri).open("rb") as whole:
             whole.seek(start)
             source = io.BytesIO(whole.read(stop - start))
     for place, line in enumerate(_guarded(file, source)):

@@ -21,13 +21,37 @@ def rows_of(path):
 
 def test_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(b"{}")
-    with pytest.raises(ConfigError, match=r"(?s)no such file.*did you mean .*train\.jsonl") as info:
+    with pytest.raises(DataError, match=r"(?s)no such file.*did you mean .*train\.jsonl") as info:
         resolve(SourceSpec(path=str(tmp_path / "trian.jsonl")))
-    assert info.value.exit_code == 2
-    with pytest.raises(ConfigError, match="no file matches"):
+    assert info.value.exit_code == 3
+    assert info.value.where == str(tmp_path / "trian.jsonl")
+    with pytest.raises(DataError, match="no file matches"):
         resolve(SourceSpec(path=str(tmp_path / "*.csv")))
+    with pytest.raises(DataError, match="no such file"):
+        resolve(SourceSpec(path="one", dataset_info=str(tmp_path / "dataset_info.json")))
     with pytest.raises(ConfigError, match="cannot read https://"):
         resolve(SourceSpec(path="https://example.org/a.jsonl"))
+
+
+def test_files_that_cannot_be_read_are_data_errors(tmp_path):
+    """The system's reason, not its exception."""
+    (tmp_path / "a.jsonl").write_bytes(b"{}")
+    with pytest.raises(DataError, match=r"(?s)cannot read .*cause: File name too long") as info:
+        resolve(SourceSpec(path=f"{tmp_path}/{'n' * 300}.jsonl"))
+    assert info.value.exit_code == 3
+    found = resolve(SourceSpec(path=str(tmp_path / "a.jsonl")))
+    (tmp_path / "a.jsonl").unlink()  # gone between the listing and the reading
+    with pytest.raises(DataError, match=r"(?s)cannot read .*a\.jsonl.*No such file"):
+        found.rows.digests()
+    with pytest.raises(DataError, match="cannot read"):
+        found.blocks(1)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "1", '{"one": 1}', "{"])
+def test_a_dataset_info_that_is_none(tmp_path, text):
+    (tmp_path / "dataset_info.json").write_text(text)
+    with pytest.raises(DataError, match=r"dataset_info.json is no"):
+        resolve(SourceSpec(path="one", dataset_info=str(tmp_path)))
 
 
 def test_damaged_tables_name_the_file(tmp_path):

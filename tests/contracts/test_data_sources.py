@@ -195,7 +195,7 @@ def test_s3(bucket):
     assert rows_of(f"{uri}/data/*.parquet{query}") == ROWS[100:]
     found = resolve(SourceSpec(path=f"{uri}/data/a.jsonl{query}"))
     assert list(found.rows.digests()) == ["s3://corpus/data/a.jsonl"]
-    with pytest.raises(ConfigError, match=r"(?s)no such object.*did you mean a.jsonl"):
+    with pytest.raises(DataError, match=r"(?s)no such object.*did you mean a.jsonl"):
         resolve(SourceSpec(path=f"{uri}/data/aa.jsonl{query}"))
 
 
