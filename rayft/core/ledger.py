@@ -70,6 +70,7 @@ class Book:
     """Everything a ledger says."""
 
     trials: dict[str, Trial] = field(default_factory=dict)  # by id, in the order of first lines
+    lines: list[Mapping[str, Any]] = field(default_factory=list)  # of trials, as they were written
     packs: dict[str, dict[str, Any]] = field(default_factory=dict)  # last line of each
 
 
@@ -125,10 +126,16 @@ def fold(rows: Iterable[Mapping[str, Any]], book: Book | None = None) -> Book:
     book = Book() if book is None else book
     for row in rows:
         if "trial" in row:
+            book.lines.append(row)
             book.trials[row["trial"]] = _after(book.trials.get(row["trial"]), row)
         elif "pack" in row:
             book.packs[row["pack"]] = dict(row)
     return book
+
+
+def metrics_in(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line that are metrics; {} where it is no report."""
+    return {k: v for k, v in row.items() if k not in FACTS and isinstance(v, int | float)}
 
 
 def _after(trial: Trial | None, row: Mapping[str, Any]) -> Trial:
@@ -136,7 +143,7 @@ def _after(trial: Trial | None, row: Mapping[str, Any]) -> Trial:
     if trial is not None and trial.over:
         return trial
     step, now = int(row["step"]), float(row["time"])
-    metrics = {k: v for k, v in row.items() if k not in FACTS and isinstance(v, int | float)}
+    metrics = metrics_in(row)
     reports = () if trial is None else trial.reports
     if metrics:
         # Also drops what lay ahead: a trial that went back to a commit tells those steps again.

@@ -72,6 +72,8 @@ class Desk:
         other = source is not None and source["trial"] != trial
         await self._free(trial, keep=not other, told=True)
         home = Storage.open(self._floor.home).child("trials").uri
+        if other:  # after a restart its own commits are still there, and hosts would prefer them
+            await asyncio.to_thread(Storage.open(home).child(trial).delete, "checkpoints")
         run = applied(self._base, params, name=trial, storage=home)
         folder = source["folder"] if source and other else None
         if self._base.sweep.pack == "off" or why_alone(run):

@@ -1,9 +1,7 @@
-"""The scheduler of a sweep: Ray Tune's, with steps for a clock, and what it learns from the ledger
-when a sweep goes on."""
+"""The scheduler of a sweep: Ray Tune's, with steps for a clock."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
@@ -18,8 +16,7 @@ from ray.tune.schedulers import (
 from rayft.config.run import Run
 from rayft.config.sweep import AshaSpec, MedianSpec, PbtSpec
 from rayft.config.sweep_rules import perturbable
-from rayft.core.ledger import Book
-from rayft.runtime.trial import SCORE, score_of
+from rayft.runtime.trial import SCORE
 
 
 def scheduler(run: Run) -> TrialScheduler:
@@ -68,38 +65,3 @@ def mutations(run: Run) -> dict[str, Any]:
         elif domain.uniform is not None:
             found[path] = tune.uniform(*domain.uniform)
     return found
-
-
-@dataclass(frozen=True)
-class _Past:
-    """A trial that is over, as far as schedulers look at it."""
-
-    trial_id: str
-
-
-class _Nobody:
-    """The controller of such trials."""
-
-    def get_live_trials(self) -> list[Any]:
-        """None of them."""
-        return []
-
-
-def remember(how: TrialScheduler, run: Run, book: Book) -> None:
-    """Tell `how` what the finished trials of the ledger reported: a sweep that goes on must stop
-    trials as strictly as one that was never cut off. Unfinished ones say it again themselves. A
-    population has no past: its trials are those that run."""
-    if isinstance(how, PopulationBasedTraining):
-        return
-    metric, mode = run.sweep.metric, run.sweep.mode
-    for trial in book.trials.values():
-        if trial.over and not trial.origin:
-            past = _Past(trial.id)
-            how.on_trial_add(_Nobody(), past)
-            for report in trial.reports:
-                last = report.step == trial.step
-                standing = trial.status if last else "running"
-                score = score_of(standing, report.metrics, metric, mode)
-                said = how.on_trial_result(_Nobody(), past, {"step": report.step, SCORE: score})
-                if said == TrialScheduler.STOP and isinstance(how, MedianStoppingRule):
-                    break  # it takes no more reports of a trial that it would have stopped

@@ -24,7 +24,8 @@ from rayft.core.storage import Storage
 from rayft.runtime.best import copy_winner, refit, write_config
 from rayft.runtime.ground import close, ground
 from rayft.runtime.interrupt import Interrupt, handling
-from rayft.runtime.schedule import remember, scheduler
+from rayft.runtime.replay import Replayed
+from rayft.runtime.schedule import scheduler
 from rayft.runtime.search import Fixed, Search
 from rayft.runtime.sweepbook import SweepBook
 from rayft.runtime.sweepview import SweepView, sweep_view
@@ -123,13 +124,14 @@ class _Sweep:
             self._copy(desk, best)
 
     def _search(self, desk: Any) -> None:
+        how = Replayed(scheduler(self.run), self.run, self.book.book)
+        for name in how.stopped:
+            self.book.stop(name)
         searcher = Search(self.run, self.book.book)
         left = self.run.sweep.count - sum(trial.over for trial in self.book.searched())
         if left <= 0 or self._over():
             return
         watch = Watch(self.book, desk, self._over, self.ground.at_once)
-        how = scheduler(self.run)
-        remember(how, self.run, self.book.book)
         phase = Phase(
             self.run,
             desk,

@@ -7,8 +7,10 @@ costs is one idle process.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,6 +21,7 @@ from rayft.trials.types import Told
 
 SCORE = "score"  # the sweep's metric, always finite: schedulers cannot compare with NaN
 WORST = 1e9
+POINTER = "pointer.json"
 
 
 def said(error: ray.exceptions.RayTaskError) -> str:
@@ -46,6 +49,18 @@ def result_of(told: Told, metric: str, mode: str) -> dict[str, Any]:
         SCORE: score_of(told.standing, finite, metric, mode),
         "done": told.standing != "running",
     }
+
+
+def write_pointer(place: str, trial: str, folder: str | None, heard: int) -> None:
+    """What Tune takes for a checkpoint of `trial`: the address of its commit on storage.
+
+    Args:
+        place: a local folder of Tune's.
+        folder: of the commit; None: it has none.
+        heard: the last step that was told before it.
+    """
+    pointer = {"trial": trial, "folder": folder, "heard": heard}
+    (Path(place) / POINTER).write_text(json.dumps(pointer))
 
 
 class SweepTrial(Trainable):
@@ -94,18 +109,19 @@ class SweepTrial(Trainable):
             result["donor"], self._donor = self._donor, ""
         return result
 
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A pointer to the trial's state, which is on storage when this returns."""
-        if self._host is None:
-            return {"trial": self.trial_name, "folder": None, "heard": self._heard}
-        folder = ray.get(self._host.save.remote(self.trial_name))
-        return {"trial": self.trial_name, "folder": folder, "heard": self._heard}
+        folder = None
+        if self._host is not None:
+            folder = ray.get(self._host.save.remote(self.trial_name))
+        write_pointer(checkpoint_dir, self.trial_name, folder, self._heard)
 
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Population-based training: go on from another trial's state, with this config."""
-        if checkpoint and checkpoint["folder"]:
-            self._source, self._heard = checkpoint, checkpoint["heard"]
-            self._donor = checkpoint["trial"] if checkpoint["trial"] != self.trial_name else ""
+        pointer = json.loads((Path(checkpoint_dir) / POINTER).read_text())
+        if pointer["folder"]:
+            self._source, self._heard = pointer, pointer["heard"]
+            self._donor = pointer["trial"] if pointer["trial"] != self.trial_name else ""
             self._host = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -1,21 +1,14 @@
 """Schedulers: what a sweep that goes on has learned from the trials before."""
 
-from dataclasses import dataclass
-
 import pytest
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from rayft.config.load import load
 from rayft.core.ledger import Book, fold
-from rayft.runtime.schedule import remember, scheduler
+from rayft.runtime.replay import Replayed
+from rayft.runtime.schedule import scheduler
 from rayft.runtime.trial import SCORE
-
-
-@dataclass(frozen=True)
-class Fresh:
-    """A trial of this start."""
-
-    trial_id: str
 
 
 class Controller:
@@ -48,9 +41,8 @@ def lines(trial: str, *losses: float, status: str = "stopped", **facts):
 
 def verdict(run, book: Book, *losses: float) -> str:
     """On a new trial, at its last report."""
-    how = scheduler(run)
-    remember(how, run, book)
-    trial = Fresh("fresh")
+    how = Replayed(scheduler(run), run, book)
+    trial = Trial("x", stub=True, trial_name_creator=lambda _: "fresh")
     how.on_trial_add(Controller(), trial)
     said = [
         how.on_trial_result(Controller(), trial, {"step": 10 * (n + 1), SCORE: loss})
@@ -79,15 +71,15 @@ def test_larger_can_be_better():
 
 
 def test_a_diverged_trial_is_the_worst_and_a_repetition_does_not_count():
-    low = fold(lines("t0", 0.1, status="diverged"))  # its last number is none
+    end = lines("t0", 0.1, status="diverged")[-1]
+    low = fold([end | {"eval_loss": 0.1}])  # its last number is none
     assert verdict(swept("asha"), low, 9.0) == TrialScheduler.CONTINUE
     again = fold(lines("t0-s1", 0.1, origin="t0"))
     assert verdict(swept("asha"), again, 9.0) == TrialScheduler.CONTINUE
 
 
-@pytest.mark.parametrize("kind", ["none", "pbt"])
-def test_others_have_no_past(kind):
-    run = swept(kind, search="random")
-    how = scheduler(run)
-    remember(how, run, PAST)
-    assert not getattr(how, "_trial_state", {})
+def test_a_trial_that_broke_says_nothing_of_its_settings():
+    end = lines("t0", 0.1, status="failed")[-1] | {"eval_loss": 0.1}
+    worst = fold([end, *lines("t1", 3.0)])
+    assert verdict(swept("asha"), worst, 2.9) == TrialScheduler.CONTINUE
+    assert verdict(swept("asha"), worst, 3.1) == TrialScheduler.STOP
