@@ -91,6 +91,8 @@ def micro(rows: int) -> TrainSpec:
 def solo_cases() -> list[Case]:
     """One process, no process group."""
     return [
+        Case("dead-solo", DdpSpec(), broken="graph", steps=3),
+        Case("still-solo", DdpSpec(), broken="no_decay", steps=4),
         Case("solo", DdpSpec(), train=micro(6)),
         Case("solo-split", DdpSpec(), train=micro(1)),
         Case("solo-module", DdpSpec(), head="module", steps=4),
@@ -140,6 +142,13 @@ def pair_cases() -> list[Case]:
         replace(lora, name="lora-zero3-again", spec=SPECS["zero3"], load="lora-zero3"),
         replace(lora, name="lora-zero3-to-zero2", spec=SPECS["zero2"], load="lora-zero3"),
     ]
+    for name, spec in SPECS.items():
+        cases.append(Case(f"dead-{name}", spec, broken="graph", steps=3))
+        cases.append(Case(f"still-{name}", spec, broken="no_decay", steps=4))
+    cases.append(Case("dead-offload", ZeroSpec(stage=3, offload="cpu"), broken="graph", steps=3))
+    cases.append(
+        Case("still-offload", ZeroSpec(stage=2, offload="cpu"), broken="no_decay", steps=4)
+    )
     cases += [
         Case("birth-zero3", SPECS["zero3"], birth=True),
         Case("birth-ddp", SPECS["ddp"], birth=True),

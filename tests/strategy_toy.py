@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
+import math
 import os
 import shutil
 import tempfile
@@ -17,9 +18,11 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
+from rayft.compose.gradient_check import GradientCheck
 from rayft.config.run import ModelSpec, OptimSpec, TrainSpec
 from rayft.config.strategies import DdpSpec, ZeroSpec
 from rayft.core.batch import IGNORE, Batch
+from rayft.core.errors import DeadGradientError
 from rayft.core.protocols import Engine, Group, Strategy
 from rayft.core.reduce import sum_over_ranks
 from rayft.core.shards import Shard
@@ -128,6 +131,7 @@ class Case:
     load: str = ""  # case whose shards (of step SAVE) are loaded first
     save: int = SAVE
     cpu_reading: int = 1  # whether bitsandbytes takes this CPU for one with AVX512-BF16
+    broken: str = ""  # "graph": a layer detaches what it computes; or a group without gradients
     poison: int = 0  # a step whose loss is made infinite
     birth: bool = False  # measure the creation of a larger model, and nothing else
 
@@ -203,9 +207,14 @@ def _batch(rows: list[tuple[Tensor, int]]) -> Batch:
 
 
 def run_step(
-    engine: Engine, step: int, micro: int, lrs: Mapping[str, float], poison: bool
+    engine: Engine,
+    check: GradientCheck,
+    step: int,
+    micro: int,
+    lrs: Mapping[str, float],
+    poison: bool,
 ) -> tuple[float, float]:
-    """(global mean loss, gradient norm)."""
+    """(global mean loss, gradient norm); the order of things is compose.loop.Stepper's."""
     window, count = batches(step, engine.rank, engine.world, micro)
     total = torch.zeros(1, dtype=torch.float64)
     for index, batch in enumerate(window):
@@ -216,7 +225,10 @@ def run_step(
         if poison and engine.rank == engine.world - 1:
             loss = loss * float("inf")
         engine.backward(loss, last=index == len(window) - 1)
+    check.after_backward(step)
     norm = engine.step(lrs)
+    if math.isfinite(norm):
+        check.after_update(step, engine.lrs(), count)
     return float(sum_over_ranks(total, CPU)), norm
 
 
@@ -263,7 +275,10 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     if case.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     groups = groups_of(model, case.method)
-    engine = strategy.prepare(Step(model, case.head), groups)
+    broken(model, groups, case.broken)
+    module = Step(model, case.head)
+    engine = strategy.prepare(module, groups)
+    check = GradientCheck(module, groups, engine)
     if case.load:
         engine.load(read_shards(folder, case.load))
     factor = schedule(case.optim, STEPS)
@@ -271,7 +286,12 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     for step in range(case.start + 1, case.start + case.steps + 1):
         lrs = group_lrs(groups, case.optim.lr * factor(step))
         before = copy.deepcopy(engine.shard()) if step == case.poison else None
-        loss, norm = run_step(engine, step, case.train.micro_batch, lrs, poison=step == case.poison)
+        try:
+            loss, norm = run_step(
+                engine, check, step, case.train.micro_batch, lrs, poison=step == case.poison
+            )
+        except DeadGradientError as error:
+            return {"dead": str(error), "step": step}
         if before is not None:
             out["kept"] = same(before, engine.shard())
         out["losses"].append(loss)
@@ -285,6 +305,16 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
         out["eval"] = [float(v) for v in rows]
     out["params"] = dict(engine.full())
     return out
+
+
+def broken(model: nn.Module, groups: list[Group], how: str) -> None:
+    """See Case.broken."""
+    if how == "graph":
+        layer = model.model.layers[0].self_attn
+        layer.register_forward_hook(lambda module, inputs, out: (out[0].detach(), *out[1:]))
+    for group in groups:
+        for param in group.params if group.name == how else ():
+            param.register_hook(torch.zeros_like)
 
 
 def same(one: Shard, two: Shard) -> bool:

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from transformers import LlamaConfig
 import rayft
 from rayft.compose.assemble import assemble
 from rayft.compose.data import Corpus
+from rayft.compose.execute import stepper_of
 from rayft.compose.job import Job
-from rayft.compose.loop import Hooks, Schedule, Stepper, StepResult, train
+from rayft.compose.loop import Hooks, Schedule, StepResult, train
 from rayft.compose.session import Session
 from rayft.config.run import (
     DataSpec,
@@ -234,9 +236,7 @@ class RayftLoop:
         storage = Storage.open(str(folder))
         self.session = Session(job, self.parts, storage, Quiet(), time.monotonic())
         parts = self.parts
-        self.stepper = Stepper(
-            parts.engine, parts.built.objective, stream or parts.stream, parts.lrs
-        )
+        self.stepper = stepper_of(parts if stream is None else replace(parts, stream=stream))
 
     def steps(self, count: int, after: Callable[[StepResult], None] = lambda result: None) -> None:
         """`count` more steps; `after` is called once each is done and logged."""

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from rayft.compose.assemble import Parts, assemble
 from rayft.compose.data import open_corpus
+from rayft.compose.gradient_check import GradientCheck
 from rayft.compose.job import Job, Outcome, Signals
 from rayft.compose.loop import Hooks, Progress, Schedule, Stepper, train
 from rayft.compose.publish import EXPORT, choose_commit, publish
@@ -46,7 +47,7 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
             _begin(job, session, schedule)
         progress = session.progress
         hooks = Hooks(signals.stop_requested, session.log, session.evaluate, session.save)
-        stepper = Stepper(parts.engine, parts.built.objective, parts.stream, parts.lrs)
+        stepper = stepper_of(parts)
         status = train(stepper, schedule, progress, hooks)
     except BaseException:
         session.abandon()
@@ -59,6 +60,13 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
         record = _record(storage, parts, progress)
         publish(parts.built, record, choose_commit(storage, record), storage.child(EXPORT))
     return outcome
+
+
+def stepper_of(parts: Parts) -> Stepper:
+    """The steps of an attempt on this rank; made before the first of them."""
+    built = parts.built
+    check = GradientCheck(built.step, built.groups, parts.engine)
+    return Stepper(parts.engine, built.objective, parts.stream, parts.lrs, check)
 
 
 def _begin(job: Job, session: Session, schedule: Schedule) -> None:

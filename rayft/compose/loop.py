@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rayft.compose.gradient_check import GradientCheck, dead_graphs_named
 from rayft.core.batch import Batch
 from rayft.core.errors import DivergedError
 from rayft.core.protocols import Engine, Objective, Stream
@@ -64,6 +65,7 @@ class Stepper:
     objective: Objective
     stream: Stream
     lrs: Callable[[int], Mapping[str, float]]  # step (1-based) -> learning rate by group name
+    check: GradientCheck
 
     def run(self, step: int, stop: bool) -> StepResult | None:
         """One step; None, and nothing done, when any rank asked for a stop."""
@@ -73,11 +75,14 @@ class Stepper:
         if stopped:
             return None
         loss = torch.zeros((), dtype=torch.float64, device=engine.device)
-        for index, batch in enumerate(window):
-            loss += self._micro(batch, totals, last=index == len(window) - 1)
+        with dead_graphs_named(f"rank {engine.rank}, step {step}"):
+            for index, batch in enumerate(window):
+                loss += self._micro(batch, totals, last=index == len(window) - 1)
+        self.check.after_backward(step)
         norm = engine.step(self.lrs(step))
         loss = float(sum_over_ranks(loss, engine.device))
         check_finite(step, loss, norm)
+        self.check.after_update(step, engine.lrs(), tokens)
         return StepResult(loss, norm, engine.lrs(), tokens, seen)
 
     def _totals(self, window: list[Batch], stop: bool) -> tuple[Tensor, int, int, bool]:

@@ -87,6 +87,13 @@ class DivergedError(RayftError):
     exit_code, label = 5, "diverged"
 
 
+class DeadGradientError(RayftError):
+    """Something that should train gets no gradient, or does not move: no attempt can change it.
+    Exit 1."""
+
+    label = "dead gradients"
+
+
 class StorageError(RayftError):
     """Storage cannot be read or written, or holds nothing that can be trusted."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rayft.core.errors import PermanentStorageError, RayftError
+from rayft.core.errors import DeadGradientError, PermanentStorageError, RayftError
 from rayft.runtime.failure import Failure, WorkerFailed, first_line, hint
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def decide(history: Sequence[Attempt], retries: int) -> Retry | GiveUp:
             which none before it had finished made progress: it counts as a first one again.
     """
     last = history[-1]
-    hopeless = isinstance(last.failure.error, PermanentStorageError)
+    hopeless = isinstance(last.failure.error, PermanentStorageError | DeadGradientError)
     if last.failure.exit_code in FINAL or hopeless:
         return GiveUp("another attempt cannot change this")
     stalled, furthest = 0, -1

@@ -11,6 +11,7 @@ import torch
 
 from rayft.compose.assemble import Built, Parts, steps_of, train_stream
 from rayft.compose.data import Corpus
+from rayft.compose.gradient_check import Movement
 from rayft.compose.job import Job
 from rayft.compose.session import Session
 from rayft.config.run import Run
@@ -139,7 +140,8 @@ def make_slot(
     generators = SlotGenerators(device)
     session = Session(job, parts, storage, Quiet(), time.monotonic(), generators=generators)
     record = record_of(storage, run, job, facts)
-    return Slot(run.name, run, row, session, made, generators, Lane(session.writer), record)
+    lane, movement = Lane(session.writer), Movement(parts.engine.group_of(), device)
+    return Slot(run.name, run, row, session, made, generators, lane, record, movement)
 
 
 def begin(slot: Slot, source: str | None, base: Mapping[str, float]) -> None:

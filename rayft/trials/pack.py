@@ -8,8 +8,7 @@ leave between two steps. A trial's folder holds what its own run would leave the
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +16,19 @@ import torch
 from rayft import objectives
 from rayft.compose.assemble import Built, held_out
 from rayft.compose.data import open_corpus
+from rayft.compose.gradient_check import refuse_missing_backward
 from rayft.compose.job import Job
 from rayft.compose.loop import StepResult, check_finite
 from rayft.compose.manifest import FOLDER, folder_name
 from rayft.compose.session import peak_memory
 from rayft.config.run import Run
-from rayft.core.errors import ConfigError, DivergedError, RayftError, StorageError
+from rayft.core.errors import (
+    ConfigError,
+    DeadGradientError,
+    DivergedError,
+    RayftError,
+    StorageError,
+)
 from rayft.core.record import Status
 from rayft.models.load import check_vocabulary, load_model
 from rayft.models.quiet import hush
@@ -35,7 +41,7 @@ from rayft.trials.meter import Meter
 from rayft.trials.room import Room, bytes_of, everything
 from rayft.trials.scoring import HeldOut
 from rayft.trials.shelf import Row
-from rayft.trials.slots import Optimizer, Slot
+from rayft.trials.slots import Optimizer, Slot, apart
 from rayft.trials.stepping import Stepped, alone, optimize
 from rayft.trials.types import NoRoom, Standing, Told
 
@@ -71,6 +77,7 @@ class Pack:
     ) -> None:
         began = time.perf_counter()
         hush()
+        refuse_missing_backward()
         joining.refuse(run)
         self.run, self.device, self.slots = run, device, slots
         self._data_hash, self._facts, self._divergence = data_hash, dict(facts or {}), divergence
@@ -175,7 +182,7 @@ class Pack:
         Raises:
             StorageError: the files could not be written; the slot is free all the same.
         """
-        self._drop(self._slots[trial], "interrupted", keep=keep)
+        self._drop(self._slots[trial], "interrupted", keep, None)
 
     def commit(self, trial: str) -> str:
         """Its present state, durable on return; the address of the checkpoint folder.
@@ -194,16 +201,16 @@ class Pack:
         for slot in self._slots.values():
             slot.lane.write(slot.hold(best=False))
         for slot in list(self._slots.values()):
-            self._drop(slot, "interrupted", keep=True)
+            self._drop(slot, "interrupted", True, None)
 
-    def _drop(self, slot: Slot, status: Status, *, keep: bool, error: str = "") -> None:
+    def _drop(self, slot: Slot, status: Status, keep: bool, error: RayftError | None) -> None:
         held = slot.last() if keep else None
         del self._slots[slot.trial]
         self._model.shelves.drop(slot.row)
-        if status == "failed":
+        if isinstance(error, StorageError):
             slot.let_go()  # what is in its folder stays; nothing can be written there
-        else:
-            slot.end(status, held, keep=keep, error=error)
+        else:  # a failed trial's commits stay, and no state that trained wrongly joins them
+            slot.end(status, held, keep=keep or status == "failed", error=str(error or ""))
 
     def stats(self) -> dict[str, float]:
         """What Meter has, slots, and memory (bytes)."""
@@ -220,18 +227,21 @@ class Pack:
         if over or not self._slots:
             return [self._ended(slot, {}, slot.metrics(0.0)) for slot in over]
         slots, began = list(self._slots.values()), time.perf_counter()
-        stepped = optimize(self._model, slots)
+        try:
+            stepped = optimize(self._model, slots)
+        except DeadGradientError as error:  # of the base that all of them train on
+            return [self._ended(slot, {slot: error}, slot.metrics(0.0)) for slot in slots]
         seconds = time.perf_counter() - began
         broken: dict[Slot, RayftError] = {}
         for slot in slots:
-            with _apart(slot, broken):
+            with apart(slot, broken):
                 self._note(slot, stepped[slot], seconds)
         due = [s for s in slots if s not in broken and s.schedule.evaluates(s.step)]
         better = self._evaluate(due, broken)
         self._meter.charge(stepped, time.perf_counter() - began)
         for slot in slots:
             if slot not in broken:
-                with _apart(slot, broken):
+                with apart(slot, broken):
                     self._save(slot, slot in better)
         share = peak_memory(self.device) / len(slots)
         over = [slot for slot in slots if slot in broken or slot.step == slot.schedule.total]
@@ -244,8 +254,8 @@ class Pack:
         standing: Standing = "done"
         if slot in broken:
             standing = "diverged" if isinstance(broken[slot], DivergedError) else "failed"
-        with _apart(slot, broken):
-            self._drop(slot, standing, keep=standing == "done", error=str(broken.get(slot, "")))
+        with apart(slot, broken):
+            self._drop(slot, standing, standing == "done", broken.get(slot))
         if standing == "done" and slot in broken:
             standing = "failed"
         return Told(slot.trial, slot.step, metrics, standing, str(broken.get(slot, "")))
@@ -253,12 +263,12 @@ class Pack:
     def _note(self, slot: Slot, stepped: Stepped, seconds: float) -> None:
         slot.loss, step = stepped.loss, slot.step + 1
         check_finite(step, stepped.loss, stepped.norm)
+        slot.check(step, stepped.tokens)
         session = slot.session
         session.progress.step = step
         session.progress.tokens += stepped.tokens
-        lrs = session.parts.engine.lrs()
-        result = StepResult(stepped.loss, stepped.norm, lrs, stepped.tokens, stepped.seen)
-        session.log(step, result, seconds)
+        lrs, tokens = session.parts.engine.lrs(), stepped.tokens
+        session.log(step, StepResult(slot.loss, stepped.norm, lrs, tokens, stepped.seen), seconds)
 
     def _evaluate(self, due: Sequence[Slot], broken: dict[Slot, RayftError]) -> set[Slot]:
         """Evaluate and log; those whose state is their best so far. A loss far above the base's
@@ -268,7 +278,7 @@ class Pack:
         better, start = set(), self.base["eval_loss"]
         scores = self._held_out.score(self._model, [slot.row for slot in due])
         for slot, found in zip(due, scores, strict=True):
-            with _apart(slot, broken):
+            with apart(slot, broken):
                 if slot.session.judge(slot.step, found):
                     better.add(slot)
                 if not found["eval_loss"] <= self._divergence * start:
@@ -288,12 +298,3 @@ class Pack:
             slot.lane.write(slot.hold(best))
         elif best:
             slot.lane.keep(slot.hold(best=True))
-
-
-@contextmanager
-def _apart(slot: Slot, broken: dict[Slot, RayftError]) -> Iterator[None]:
-    """One trial's loss, or its files, must not end the others."""
-    try:
-        yield
-    except (DivergedError, StorageError) as error:
-        broken.setdefault(slot, error)

@@ -150,6 +150,7 @@ class _Part:
 
         `g` (B T, d_out) arrives; `outer` becomes the gradient of W x + b."""
         mask, h, u = kept
+        self.bunch.shelf.reached.add((self.layer.index, self.bunch.low, self.bunch.high))
         _, b = self.factors()
         gy, through = self.cut(g).to(self.dtype), None
         if u is not None:

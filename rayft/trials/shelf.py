@@ -137,6 +137,7 @@ class Shelf:
         self.members: list[Row] = []
         self.params = torch.zeros(0, layout.size, device=device, dtype=dtype)
         self.grads = torch.zeros_like(self.params)
+        self.reached: set[tuple[int, int, int]] = set()  # (layer, low, high) with a gradient
         self.scaling = self.params.new_zeros(0, 1, 1)
         self.norms: list[Tensor] = []  # DoRA: (n, d_out) ||W||^2 by layer
         self._views: dict[tuple, Tensor] = {}
@@ -174,6 +175,17 @@ class Shelf:
             row.params[name].grad = None
             row.params[name].data = flat[start:stop]
             row.params[name].grad = None if grads is None else grads[start:stop]
+
+    def forget_gradients(self) -> None:
+        """Before the backward passes of a step."""
+        self.grads.zero_()
+        self.reached.clear()
+
+    def unreached(self, row: Row) -> list[int]:
+        """Layers whose adapter of `row` no backward pass has come to since."""
+        place = self.members.index(row)
+        there = {layer for layer, low, high in self.reached if low <= place < high}
+        return [layer for layer in range(len(self.layout.layers)) if layer not in there]
 
     def updated(self) -> None:
         """The parameters have changed in place."""

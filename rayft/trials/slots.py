@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayft.compose.commit import names, remove
+from rayft.compose.gradient_check import Movement, no_gradient
 from rayft.compose.job import Job
 from rayft.compose.loop import Schedule
 from rayft.compose.session import Session
 from rayft.compose.step import PREFIX
 from rayft.config.run import OptimSpec, Run
+from rayft.core.errors import DeadGradientError, DivergedError, RayftError, StorageError
 from rayft.core.protocols import Group
 from rayft.core.record import Best, RunRecord, Status
 from rayft.core.shards import PARAM, Shard, ShardReader, Slice
@@ -115,6 +118,15 @@ class SlotEngine:
         for param in self.row.params.values():
             adam_state(self.optimizer, param)["step"].fill_(reader.scalars[STEP])
 
+    def group_of(self, layers: Sequence[int] | None = None) -> dict[str, str]:
+        """{name in the step module: group} of all layers, or of some."""
+        chosen = range(len(self._names)) if layers is None else layers
+        return {PREFIX + n: group for i in chosen for group, n in self._names[i].items()}
+
+    def params(self) -> dict[str, Tensor]:
+        """{name in the step module: parameter without padding, a view}."""
+        return self._parts({group: param.detach() for group, param in self.row.params.items()})
+
     def _flat(self) -> dict[str, dict[str, Tensor]]:
         """{kind: {group: flat padded tensor}}."""
         params = self.row.params
@@ -144,7 +156,10 @@ class Slot:
     generators: SlotGenerators
     lane: Lane
     record: RunRecord
+    movement: Movement
     charged: float = 0.0  # engine seconds
+    starting: bool = True  # no step yet since it came in
+    unreached: list[int] = field(default_factory=list)  # layers without a gradient in its first one
     loss: float = math.nan  # of the last step
 
     @property
@@ -168,6 +183,20 @@ class Slot:
             grads.mul_(clip / (norm + 1e-6))
         set_lrs(self.optimizer, self.session.parts.lrs(self.step + 1))
         self.optimizer.step()
+
+    def check(self, step: int, tokens: int) -> None:
+        """After an update: what compose.gradient_check holds a run to, in its first steps here.
+
+        Raises:
+            DeadGradientError: an adapter got no gradient, or a group stands still.
+        """
+        engine, self.starting = self.session.parts.engine, False
+        if self.unreached:
+            group_of = engine.group_of()
+            dead = engine.group_of(self.unreached)
+            raise no_gradient(dead, len(group_of), f"{self.trial}, step {step}")
+        if self.movement.looking:
+            self.movement.look(step, engine.lrs(), tokens, engine.params)
 
     def hold(self, best: bool) -> Held:
         """Its present state in host memory."""
@@ -258,3 +287,13 @@ def record_of(storage: Storage, run: Run, job: Job, facts: Mapping[str, Any]) ->
         hardware=facts.get("hardware", fresh.hardware),
         data=facts.get("data", fresh.data),
     )
+
+
+@contextmanager
+def apart(slot: Slot, broken: dict[Slot, RayftError]) -> Iterator[None]:
+    """One trial's loss, adapters or files must not end the others: what is wrong with it goes to
+    `broken`."""
+    try:
+        yield
+    except (DeadGradientError, DivergedError, StorageError) as error:
+        broken.setdefault(slot, error)

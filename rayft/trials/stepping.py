@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rayft.compose.gradient_check import dead_graphs_named
 from rayft.core.batch import Batch
 from rayft.core.reduce import counts
 from rayft.trials.forward import Guest, PackedModel
@@ -32,7 +33,11 @@ class Stepped:
 
 def optimize(model: PackedModel, slots: Sequence[Slot]) -> dict[Slot, Stepped]:
     """The next step of every trial. Where loss or norm is not finite nothing is applied, and the
-    caller has to look."""
+    caller has to look; also at Slot.unreached.
+
+    Raises:
+        DeadGradientError: the base they share passes no gradients on.
+    """
     windows = {slot: slot.session.parts.stream.window(slot.step + 1, 0, 1) for slot in slots}
     losses = gradients(model, windows)
     places = model.shelves.places()
@@ -49,6 +54,7 @@ def optimize(model: PackedModel, slots: Sequence[Slot]) -> dict[Slot, Stepped]:
     for index, (slot, window) in enumerate(windows.items()):
         loss, norm = numbers[2 * index : 2 * index + 2]
         shelf, place = places[slot.row]
+        slot.unreached = shelf.unreached(slot.row) if slot.starting else []
         slot.update(shelf.grads[place], loss, norm)
         tokens = int(sum(float(batch.tokens().sum()) for batch in window))
         seen = sum(int(batch.lengths.sum()) for batch in window)
@@ -59,9 +65,13 @@ def optimize(model: PackedModel, slots: Sequence[Slot]) -> dict[Slot, Stepped]:
 
 
 def gradients(model: PackedModel, windows: Mapping[Slot, list[Batch]]) -> dict[Row, Tensor]:
-    """Fill the shelves with the gradients of whole windows; each trial's loss, on the device."""
+    """Fill the shelves with the gradients of whole windows; each trial's loss, on the device.
+
+    Raises:
+        DeadGradientError: the base passes no gradients on.
+    """
     for shelf in model.shelves.all.values():
-        shelf.grads.zero_()
+        shelf.forget_gradients()
     totals = {slot.row: counts(model.objective, w)[:, 0] for slot, w in windows.items()}
     losses = {row: torch.zeros((), dtype=torch.float64, device=model.device) for row in totals}
     for number in range(max(len(window) for window in windows.values())):
@@ -70,7 +80,9 @@ def gradients(model: PackedModel, windows: Mapping[Slot, list[Batch]]) -> dict[R
             for slot, window in windows.items()
             if number < len(window)
         ]
-        for row, loss in model.train(guests, totals).items():
+        with dead_graphs_named("in a pack"):
+            found = model.train(guests, totals)
+        for row, loss in found.items():
             losses[row] += loss
     return losses
 

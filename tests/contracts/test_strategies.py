@@ -104,6 +104,26 @@ def test_update_with_infinite_norm_is_not_applied(kind: str, name: str) -> None:
         assert all(math.isfinite(norm) for norm in (rank["norms"][0], *rank["norms"][2:]))
 
 
+@pytest.mark.parametrize("name", [*NAMES, "offload", "solo"])
+def test_a_parameter_without_a_gradient_stops_the_run_before_its_first_update(name: str) -> None:
+    """The first layer's attention detaches what it computes: its four weights and the norm before
+    it are named, on every rank. Every other case here has the check too, and passes it."""
+    for rank in results(f"dead-{name}", 1 if name == "solo" else 2):
+        assert rank["step"] == 1
+        assert "5 of 21 trained parameters got no gradient" in rank["dead"]
+        for words in ("decay: ", "layers.0.self_attn", "no_decay: ", "layers.0.input_layernorm"):
+            assert words in rank["dead"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "offload", "solo"])
+def test_a_group_that_stands_still_stops_the_run(name: str) -> None:
+    """The gradients of all norms are made zero. The first update of the warm-up is at rate zero,
+    so the third step is the second that counts."""
+    for rank in results(f"still-{name}", 1 if name == "solo" else 2):
+        assert rank["step"] == 3
+        assert "parameter group no_decay did not move in two updates" in rank["dead"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_slices_cover_every_element_once(name: str) -> None:
     """No gap, no overlap, no padding, and about half of everything on each of two ranks."""

@@ -9,7 +9,7 @@ import torch
 
 from rayft.compose.assemble import assemble
 from rayft.compose.data import open_corpus
-from rayft.compose.loop import Stepper
+from rayft.compose.execute import stepper_of
 from rayft.models.load import load_model
 from rayft.strategies.optim import param_groups
 from rayft.trials.stepping import optimize
@@ -84,15 +84,15 @@ def test_in_float64_with_sgd_nothing_differs(tmp_path, monkeypatch):
     pack = lab.pack(lab.run("first"), *runs, optimizer=sgd)
     corpus = open_corpus(runs[0], lab.ready.uri, lab.ready.hash)
     parts = [assemble(run, corpus, CPU) for run in runs]
+    steppers = [stepper_of(part) for part in parts]
     slots = [pack._slots[run.name] for run in runs]
     # the solo runs share this process: each gets its own generator state back for its step
     states = [slot.generators.cpu.get_state() for slot in slots]
     for step in range(1, 51):
         found = optimize(pack._model, slots)
-        for index, (part, slot) in enumerate(zip(parts, slots, strict=True)):
+        for index, slot in enumerate(slots):
             torch.set_rng_state(states[index])
-            stepper = Stepper(part.engine, part.built.objective, part.stream, part.lrs)
-            solo = stepper.run(step, False)
+            solo = steppers[index].run(step, False)
             states[index] = torch.get_rng_state()
             slot.session.progress.step = step
             assert found[slot].loss == pytest.approx(solo.loss, rel=1e-12), (slot.trial, step)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -56,6 +58,52 @@ def test_the_files_that_the_readme_names_are_there():
     named = re.findall(r"`((?:rayft|tests|experiments)/[\w/.]+)`|\]\(([\w/.]+)\)", README)
     for path in {first or second for first, second in named}:
         assert (ROOT / path).exists(), path
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """The quick start as a module; its commands only leave results behind."""
+    spec = importlib.util.spec_from_file_location("quick", ROOT / "experiments/quickstart/run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+
+    def install(**tuned: float) -> None:
+        def call(command: str, where: str, *rest: str) -> None:
+            name = Path(where).stem
+            folder = tmp_path / f"runs/quickstart-{name}"
+            if command == "eval":
+                return
+            folder.mkdir(parents=True)
+            base = {"eval_loss": 5.8}
+            if command == "train":
+                record = {"base": base, "eval": {"eval_loss": tuned[name]}}
+                (folder / "run.json").write_text(json.dumps(record))
+            else:
+                record = {"base": base, "best": {"metric": tuned[name]}}
+                (folder / "sweep.json").write_text(json.dumps(record))
+
+        monkeypatch.setattr(module, "call", call)
+
+    module.install = install
+    return module
+
+
+@pytest.mark.parametrize("weak", ["full", "qlora", "sweep"])
+@pytest.mark.parametrize("loss", [5.55, math.nan])
+def test_the_quick_start_fails_where_a_model_did_not_learn(weak, loss, script, capsys):
+    """5.55: what QLoRA came to while its base gave no gradients."""
+    script.install(**({"full": 3.66, "qlora": 3.72, "sweep": 3.76} | {weak: loss}))
+    with pytest.raises(SystemExit) as exit_:
+        script.main()
+    assert f"error: runs/quickstart-{weak} did not learn" in exit_.value.code  # printed, exit 1
+    assert f"runs/quickstart-{weak}: held-out loss 5.800 ->" in capsys.readouterr().out
+
+
+def test_the_quick_start_says_what_was_learned(script, capsys):
+    script.install(full=3.66, qlora=3.72, sweep=3.76)
+    script.main()
+    assert capsys.readouterr().out.count("held-out loss 5.800 ->") == 3
 
 
 @pytest.mark.ray
