@@ -2,6 +2,6 @@
 
 import sys
 
-from rayft.cli import main
+from rayft.entry import main
 
 sys.exit(main())

@@ -7,22 +7,22 @@ Results go to stdout, errors to stderr, exit codes are those of rayft.core.error
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
-import tempfile
-import time
-import traceback
 from collections.abc import Iterable
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import rayft
+from rayft import unexpected
 from rayft.core.address import below, carried, clean, redact
-from rayft.core.errors import MAX_LINES, ConfigError, RayftError
+from rayft.core.console import say, takes
+from rayft.core.errors import MAX_LINES, ConfigError, RayftError, line_of
+from rayft.entry import INTERRUPTED, RESUMED, SIGNALS
 
 if TYPE_CHECKING:
     from rayft.config.run import Run
@@ -55,10 +55,10 @@ def _top(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        typer.echo(f"rayft {rayft.__version__}")
+        say(f"rayft {rayft.__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        say(context.get_help())
 
 
 @app.command()
@@ -75,7 +75,7 @@ def check(
     if schema:
         from rayft.config.schema import schema as build
 
-        typer.echo(json.dumps(build(), indent=2))
+        say(json.dumps(build(), indent=2))
         return
     if config is None:
         raise ConfigError("no config given", fix="rayft check CONFIG [a.b=c ...]")
@@ -83,10 +83,11 @@ def check(
 
     run = rayft.load(config, overrides or ())
     _warn_of_credentials(run.addresses())
-    typer.echo(redact(f"# {config} is valid; digest {run.digest()}"))
-    typer.echo(dump(run.resolved()), nl=False)
+    text = dump(run.resolved())
+    say(redact(f"# {line_of(config)} is valid; digest {run.digest()}"))
+    say(text if takes(text) else dump(run.resolved(), unicode=False), end="")
     if run.sweep is not None:
-        typer.echo(f"# sweep: {_searched(run)}")
+        say(f"# sweep: {_searched(run)}")
 
 
 @app.command()
@@ -98,7 +99,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     from rayft.runtime.train import train as start
 
     record = start(run, again=_typed("train", config, overrides))
-    typer.echo("\n".join(_summary(record, folder)))
+    say("\n".join(_summary(record, folder)))
 
 
 @app.command()
@@ -110,7 +111,7 @@ def sweep(config: Config, overrides: Overrides = None) -> None:
     from rayft.runtime.sweep import sweep as start
 
     record = start(run, again=_typed("sweep", config, overrides))
-    typer.echo("\n".join(_found(record, folder)))
+    say("\n".join(_found(record, folder)))
 
 
 @app.command("eval")
@@ -127,7 +128,7 @@ def evaluate(
     from rayft.compose.offline import evaluate_run
 
     where = _address(where)
-    typer.echo(evaluate_run(where, generate=generate, limit=limit))
+    say(evaluate_run(where, generate=generate, limit=limit))
 
 
 @app.command()
@@ -150,7 +151,7 @@ def export(
     from rayft.compose.offline import export_run
 
     where, to = _address(where), to and clean(to)
-    typer.echo(export_run(where, merge=merge, check=check, to=to, step=step))
+    say(export_run(where, merge=merge, check=check, to=to, step=step))
 
 
 @app.command()
@@ -164,7 +165,7 @@ def report(
     from rayft.report import build
 
     for address in build(where):
-        typer.echo(address)
+        say(address)
 
 
 def _address(where: str) -> str:
@@ -177,7 +178,7 @@ def _address(where: str) -> str:
 
 def _warn_of_credentials(addresses: Iterable[str]) -> None:
     if said := carried(addresses):
-        typer.echo(f"note: {said}", err=True)
+        say(f"note: {said}", err=True)
 
 
 def _typed(command: str, config: str, overrides: list[str] | None) -> str:
@@ -236,56 +237,35 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code. The only place where errors are caught."""
     if not sys.stderr.isatty():  # before transformers is imported: no bars in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.raiseExceptions = False  # a log line that nobody can read is no second error
     try:
         result = app(args=arguments, prog_name="rayft", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except RayftError as error:
         lines, code = str(error).splitlines(), error.exit_code
         if error.__cause__ is not None:
-            lines = [*lines[: MAX_LINES - 1], _log(error)]
+            lines = [*lines[: MAX_LINES - 1], unexpected.log(error, _folder.get())]
     except typer.TyperException as error:
-        lines, code = [f"error: {error.format_message()}", f"  next: {_help(arguments)}"], 2
-    except typer.Abort:
-        lines, code = ["stopped"], 130
+        said = [f"error: {error.format_message()}", f"  next: {_help(arguments)}"]
+        lines, code = list(map(line_of, said)), 2
+    except (typer.Abort, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code not in SIGNALS:
+            raise  # Ray's handler of SIGTERM leaves with its number
+        resumed = _word(arguments) in RESUMED
+        lines, code = (["interrupted"], INTERRUPTED) if resumed else (["stopped"], 130)
     except Exception as error:  # whatever it is, people get a short message and a log, not a trace
-        lines, code = _unexpected(error), 1
-    typer.echo("\n".join(lines), err=True)
+        lines, code = unexpected.told(error, _folder.get()), 1
+    say("\n".join(lines), err=True)
     return code
+
+
+def _word(arguments: list[str] | None) -> str:
+    """The command that was typed."""
+    return next(iter(sys.argv[1:] if arguments is None else arguments), "")
 
 
 def _help(arguments: list[str] | None) -> str:
     """The help page nearest to what was typed."""
-    word = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+    word = _word(arguments)
     known = ("check", "train", "sweep", "eval", "export", "report")
     return f"rayft {word} --help" if word in known else "rayft --help"
-
-
-def _unexpected(error: Exception) -> list[str]:
-    """What an error that rayft does not know says, the innermost line of rayft it passed, and the
-    log."""
-    said = [line.rstrip()[:200] for line in redact(str(error)).splitlines() if line.strip()]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "rayft" in f.filename]
-    where = [f"  where: {frames[-1].filename}:{frames[-1].lineno}"] if frames else []
-    # Ray puts a remote traceback into the message; its last lines are the ones that say something.
-    head = [redact(f"error: {type(error).__name__}: {said[0]}" if said else f"error: {error!r}")]
-    return [*head, *(f"  {line.strip()}" for line in said[1:][-8:]), *where, _log(error)]
-
-
-def _log(error: Exception) -> str:
-    """Write the traceback into the run's folder, or the temporary one; the line that says where."""
-    name = f"rayft-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    folder, opener = Path(_folder.get()), None
-    if not folder.name or not folder.is_dir():
-        folder, opener = Path(tempfile.gettempdir()), _private  # everybody's folder
-    text = redact("".join(traceback.format_exception(error)))
-    try:
-        with open(folder / name, "x", encoding="utf-8", opener=opener) as file:  # noqa: PTH123
-            file.write(text)
-    except OSError as reason:  # a full disk must not hide the error itself
-        return f"  traceback: could not be written to {folder / name} ({reason.strerror})"
-    return f"  traceback: {folder / name}"
-
-
-def _private(path: str, flags: int) -> int:
-    """An opener: for this user alone, and never through what somebody else has put there."""
-    return os.open(path, flags, 0o600)

@@ -1,5 +1,5 @@
-"""SIGTERM and SIGINT: the first asks for a save and a stop, the second stops at once, the third
-kills."""
+"""SIGTERM, SIGINT and SIGHUP (the terminal is closed): the first asks for a save and a stop, the
+second stops at once, the third ends the process. SIGHUP that is ignored (nohup) stays so."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 from rayft.core.errors import InterruptedRun
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Interrupt:
@@ -20,6 +23,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.count = 0
+        self._former: dict[int, Handler] = {}
 
     @property
     def asked(self) -> bool:
@@ -36,7 +40,16 @@ class Interrupt:
         only; elsewhere (a notebook's worker thread) signals keep their meaning."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                signal.signal(number, self.notice)
+                former = signal.getsignal(number)
+                if former is not signal.SIG_IGN and former != self.notice:
+                    self._former.setdefault(number, former)
+                    signal.signal(number, self.notice)
+
+    def disarm(self) -> None:
+        """Give the signals back to whoever had them."""
+        if threading.current_thread() is threading.main_thread():
+            for number, former in self._former.items():
+                signal.signal(number, former)
 
     def sleep(self, seconds: float) -> None:
         """Wait, unless a stop is asked for.
@@ -58,10 +71,15 @@ class Interrupt:
         """Stop now, as two signals would."""
         self.count = max(self.count, 2)
 
-    def notice(self, signum: int, frame: object) -> None:
-        """The signal handler: takes no lock, so it may interrupt anything."""
+    def notice(self, signum: int, frame: FrameType | None) -> None:
+        """The signal handler: takes no lock, so it may interrupt anything. The third signal is for
+        whoever was asked before: the command leaves with 75, a notebook has KeyboardInterrupt."""
         self.count += 1
         if self.count >= 3:
+            former = self._former.get(signum)
+            if callable(former):
+                former(signum, frame)
+                return
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
@@ -70,11 +88,8 @@ class Interrupt:
 def handling() -> Iterator[Interrupt]:
     """Signals go to the Interrupt inside the block."""
     interrupt = Interrupt()
-    former = {number: signal.getsignal(number) for number in SIGNALS}
     interrupt.arm()
     try:
         yield interrupt
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in former.items():
-                signal.signal(number, handler)
+        interrupt.disarm()

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from rayft.core.console import Lasting, say
+
 PERIOD = 5.0  # seconds between two plain lines
 SHARE = 0.1  # of the run between two plain lines, when that is longer
 Event = dict[str, Any]
@@ -34,7 +36,7 @@ def view() -> View:
 
 
 def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, err=True)
 
 
 class Pace:
@@ -102,7 +104,7 @@ class Terminal:
     """A live line at the bottom; evaluations, saves and warnings scroll above it."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(file=Lasting(sys.stderr))
         self._pace = Pace()
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._live.start()

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rayft.core.console import Lasting, say
 from rayft.core.ledger import Trial
 from rayft.runtime.progress import clock, si
 
@@ -65,7 +66,7 @@ def sweep_view() -> SweepView:
 
 
 def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, err=True)
 
 
 class PlainLines:
@@ -98,7 +99,7 @@ class LiveTable:
     """A head line and the running trials; notes scroll above."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(file=Lasting(sys.stderr))
         self._live = Live(console=self._console, refresh_per_second=2, transient=True)
         self._live.start()
 
@@ -120,11 +121,11 @@ def table(state: State) -> Table:
     shown = Table(box=None, pad_edge=False, header_style="dim")
     shown.add_column("trial")
     shown.add_column("step", justify="right")
-    shown.add_column(state.metric, justify="right")
+    shown.add_column(Text(state.metric), justify="right")  # Text: brackets are no markup
     shown.add_column("params", no_wrap=True, overflow="ellipsis")
     for trial, value in state.running[:LISTED]:
         number = "" if value is None else f"{value:.4f}"
-        shown.add_row(trial.id, str(trial.step), number, short(trial.params))
+        shown.add_row(trial.id, str(trial.step), number, Text(short(trial.params)))
     if len(state.running) > LISTED:
         shown.add_row(f"... {len(state.running) - LISTED} more", "", "", "")
     return shown

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import rayft.runtime.train
-from rayft import cli
+from rayft import cli, unexpected
 from rayft.config.load import load
 from rayft.config.run import Run
 from rayft.core import errors
@@ -148,7 +148,7 @@ def test_an_unexpected_error_leaves_a_log_in_the_runs_folder(
 def test_the_log_goes_to_the_temporary_folder_when_there_is_no_run_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(unexpected.tempfile, "tempdir", str(tmp_path))
     raising(monkeypatch, ZeroDivisionError())
     assert cli.main(["train", str(ROOT / QLORA), f"storage={tmp_path}/none"]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -159,7 +159,7 @@ def test_the_log_goes_to_the_temporary_folder_when_there_is_no_run_yet(
 def test_the_cause_of_a_known_error_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(unexpected.tempfile, "tempdir", str(tmp_path))
     error = StorageError("\n".join(str(i) for i in range(30)), fix="look")
     error.__cause__ = OSError("disk on fire")
     raising(monkeypatch, error)
