@@ -63,15 +63,9 @@ def make_folder(folder: Path) -> None:
 
 
 def open_for_append(path: Path) -> IO[bytes]:
-    """Unbuffered; a torn last line of a killed writer is ended first, so that it cannot swallow
-    the next one."""
+    """Unbuffered, for reading too."""
     make_folder(path.parent)
-    file = path.open("a+b", buffering=0)
-    if file.tell() > 0:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            file.write(b"\n")
-    return file
+    return path.open("a+b", buffering=0)
 
 
 class DurableFile:

@@ -105,6 +105,10 @@ class PermanentStorageError(StorageError):
     permission, no such bucket."""
 
 
+class DamagedError(StorageError):
+    """No commit of a run can be used any more. Only its user can choose what happens next."""
+
+
 class InterruptedRun(RayftError):
     """Stopped by a signal after a save; the same command continues it."""
 

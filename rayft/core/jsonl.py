@@ -1,19 +1,25 @@
-"""Append-only JSON lines on storage: a log that grows while a run goes on, and its reader."""
+"""Append-only JSON lines on storage: a log that grows while a run goes on, and its reader.
+
+What a line looks like, and how damage is found: `core/sealed.py`.
+"""
 
 from __future__ import annotations
 
-import json
+import errno
 import logging
 import os
 import re
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import count
+from pathlib import Path
 from typing import IO, Any
 
 from rayft.core.backends import open_for_append
 from rayft.core.retry import Retry
+from rayft.core.sealed import Log, Sound, everything, line_of, read_lines, told
 from rayft.core.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -27,6 +33,9 @@ class Appender:
     `metrics-00001.jsonl`, ...) that a background thread rewrites every few seconds until it is
     full; a new Appender starts a new part. There a failed upload is logged and tried again with the
     next; only `flush` and `close` raise it.
+
+    Attributes:
+        lines: number of the last line, over all parts.
     """
 
     def __init__(
@@ -39,23 +48,26 @@ class Appender:
         self._file: IO[bytes] | None = None
         local = storage.local_path(path)
         if local is not None:
-            self._file = storage.attempt("append to", path, lambda: open_for_append(local))
+            self.lines, self._file = storage.attempt("append to", path, lambda: _reopened(local))
         else:
             taken = _parts(storage, path)
-            self._part = next(n for n in count() if _part(path, n) not in taken)
+            self.lines = read_lines(storage.read_bytes(part) for part in taken[-1:]).last
+            # Never the number of a part that was lost: lines are read in the order of parts.
+            self._part = _after(path, taken)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="appender")
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one line.
+        """Add one line. The keys "line" and "crc" are the log's own.
 
         Raises:
             StorageError: a local write failed.
         """
-        line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
+        line = line_of(row, self.lines + 1)
         if self._file is not None:
-            self._once(lambda file: file.write(line), self._file)
+            self._once(lambda file: _write(file, line), self._file)
         else:
             self._lines.append(line)
+        self.lines += 1
         if time.monotonic() - self._synced > self._every:
             self._sync()
 
@@ -113,27 +125,58 @@ class Appender:
             self._part += 1
 
 
-def read_jsonl(storage: Storage, path: str) -> list[dict[str, Any]]:
-    """All rows of all parts, in order; [] when there is none. A torn line (a writer was killed) is
-    ignored; one that is not the last of its part is also logged."""
-    rows: list[dict[str, Any]] = []
-    for part in _parts(storage, path):
-        lines = storage.read_bytes(part).split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except ValueError:  # also bytes that are not UTF-8
-                row = None
-                if number < len(lines):
-                    log.warning("%s:%d is not JSON, ignored", storage.shown(part), number)
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
+def read_log(storage: Storage, path: str, sound: Sound = everything) -> Log:
+    """All parts of a log, in order, and what is damaged in it; an empty one where there is none.
+
+    Args:
+        sound: see `read_lines`.
+    """
+    return read_lines((storage.read_bytes(part) for part in _parts(storage, path)), sound)
+
+
+def read_jsonl(storage: Storage, path: str, sound: Sound = everything) -> list[dict[str, Any]]:
+    """The rows of `read_log`; damage is logged."""
+    found = read_log(storage, path, sound)
+    if found.damage:
+        log.warning("%s", told(storage.shown(path), found.damage))
+    return list(found.rows)
+
+
+def _reopened(path: Path) -> tuple[int, IO[bytes]]:
+    """(number of the last line, the file). What a killed writer left of a line is cut off: it must
+    neither swallow the next one nor look like damage. A whole line that lacks only its end stays.
+    """
+    file = open_for_append(path)
+    file.seek(0)
+    data = file.read()
+    torn = data.rpartition(b"\n")[2]
+    if torn and read_lines([torn]).rows:
+        _write(file, b"\n")
+    elif torn:
+        os.ftruncate(file.fileno(), len(data) - len(torn))
+    return read_lines([data]).last, file
+
+
+def _write(file: IO[bytes], line: bytes) -> None:
+    """The whole line or nothing of it: a full disk may take a part, and without a word."""
+    before = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(file.fileno(), before)
+        raise
 
 
 def _part(path: str, number: int) -> str:
     stem, dot, suffix = path.rpartition(".")
     return path if number == 0 else f"{stem}-{number:05d}{dot}{suffix}"
+
+
+def _after(path: str, taken: list[str]) -> int:
+    """The number after that of the last part."""
+    return 1 + next(n for n in count() if _part(path, n) == taken[-1]) if taken else 0
 
 
 def _parts(storage: Storage, path: str) -> list[str]:

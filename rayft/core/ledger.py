@@ -8,7 +8,11 @@ A line is one report of one trial:
 `status` is running, then one of `ENDED`, which is final. `params` is {path of a config field:
 value}; a trial whose params change (population-based training) says so with its donor. Every other
 number is a metric. A step reported again (after a resume) replaces the earlier report. Lines with
-"pack" instead of "trial" say how full a pack was; its last line counts.
+"pack" instead of "trial" say how full a pack was; its last line counts. Lines with "sweep" say that
+a driver started, and with what: sweep.json can be rebuilt from them.
+
+Every line has a number and a checksum (`core/sealed.py`). A damaged one is set aside: its trial is
+what the other lines say.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rayft.core.jsonl import Appender, read_jsonl
+from rayft.core.jsonl import Appender, read_log
+from rayft.core.sealed import Damage
 from rayft.core.storage import Storage
 
 LEDGER = "trials.jsonl"
@@ -72,6 +77,8 @@ class Book:
     trials: dict[str, Trial] = field(default_factory=dict)  # by id, in the order of first lines
     lines: list[Mapping[str, Any]] = field(default_factory=list)  # of trials, as they were written
     packs: dict[str, dict[str, Any]] = field(default_factory=dict)  # last line of each
+    starts: list[dict[str, Any]] = field(default_factory=list)  # of the driver
+    damage: tuple[Damage, ...] = ()  # lines that are not in here
 
 
 class Ledger:
@@ -111,6 +118,15 @@ class Ledger:
         self._out.append(line)
         return line
 
+    def start(self, sweep: str, number: int, config: str, data: str) -> dict[str, Any]:
+        """The `number`-th start of a driver (from 1), with the hashes of its config and data;
+        durable on return."""
+        line = {"sweep": sweep, "time": round(self._clock(), 3), "start": number}
+        line |= {"config": config, "data": data}
+        self._out.append(line)
+        self._out.flush()
+        return line
+
     def close(self) -> None:
         """No more lines."""
         self._out.close()
@@ -118,7 +134,27 @@ class Ledger:
 
 def read_ledger(storage: Storage) -> Book:
     """The ledger below `storage`; an empty one where there is none."""
-    return fold(read_jsonl(storage, LEDGER))
+    found = read_log(storage, LEDGER, sound)
+    return fold(found.rows, Book(damage=found.damage))
+
+
+def sound(row: Mapping[str, Any]) -> bool:
+    """Whether a row is one of a trial or of a pack, with all that `fold` needs."""
+    if not _is_number(row.get("time")) or not isinstance(row.get("trial", row.get("pack")), str):
+        return False
+    if "trial" not in row:
+        return True
+    step, facts = row.get("step"), (row.get(name, "") for name in ("error", "donor", "origin"))
+    return (
+        isinstance(step, int)
+        and row.get("status") in ("running", *ENDED)
+        and isinstance(row.get("params"), dict)
+        and all(isinstance(fact, str) for fact in facts)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def fold(rows: Iterable[Mapping[str, Any]], book: Book | None = None) -> Book:
@@ -130,6 +166,8 @@ def fold(rows: Iterable[Mapping[str, Any]], book: Book | None = None) -> Book:
             book.trials[row["trial"]] = _after(book.trials.get(row["trial"]), row)
         elif "pack" in row:
             book.packs[row["pack"]] = dict(row)
+        elif "sweep" in row:
+            book.starts.append(dict(row))
     return book
 
 

@@ -1,11 +1,20 @@
-"""RunRecord: what a run leaves behind for people and for report/; written to `<run>/run.json`."""
+"""RunRecord: what a run leaves behind for people and for report/; written to `<run>/run.json`.
+
+Records carry a checksum of their values. A damaged one is never believed: commits (of a run) and
+the ledger (of a sweep) hold what is needed to make it anew.
+"""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
+from rayft.core.sealed import BadRecord, seal, unseal
+
+T = TypeVar("T")
 Status = Literal["running", "done", "failed", "diverged", "interrupted"]
 
 
@@ -53,13 +62,13 @@ class RunRecord:
         return _to_json(self)
 
     @staticmethod
-    def from_json(text: str) -> RunRecord:
-        """The inverse of `to_json`; fields that a newer rayft wrote are ignored."""
-        raw = json.loads(text)
-        known = {key: raw[key] for key in raw if key in RunRecord.__dataclass_fields__}
-        if known.get("best") is not None:
-            known["best"] = Best(**known["best"])
-        return RunRecord(**known)
+    def from_json(text: str | bytes) -> RunRecord:
+        """The inverse of `to_json`; fields that a newer rayft wrote are ignored.
+
+        Raises:
+            BadRecord: it is damaged, or something else.
+        """
+        return _from_json(text, RunRecord)
 
 
 @dataclass(frozen=True)
@@ -93,11 +102,25 @@ class SweepRecord:
         return _to_json(self)
 
     @staticmethod
-    def from_json(text: str) -> SweepRecord:
-        """The inverse of `to_json`; fields that a newer rayft wrote are ignored."""
-        raw = json.loads(text)
-        return SweepRecord(**{k: raw[k] for k in raw if k in SweepRecord.__dataclass_fields__})
+    def from_json(text: str | bytes) -> SweepRecord:
+        """The inverse of `to_json`; see RunRecord.from_json."""
+        return _from_json(text, SweepRecord)
 
 
 def _to_json(record: RunRecord | SweepRecord) -> str:
-    return json.dumps(asdict(record), indent=2, sort_keys=True) + "\n"
+    return seal(asdict(record))
+
+
+def _from_json(text: str | bytes, kind: type[T]) -> T:
+    raw = unseal(text.encode() if isinstance(text, str) else text)
+    try:
+        return _adapter(kind).validate_python(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BadRecord(f"{where}: {first['msg']}") from error
+
+
+@cache  # building one takes milliseconds
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from rayft.core.jsonl import read_jsonl
+from rayft.core.jsonl import read_jsonl, read_log
+from rayft.core.sealed import told
 from rayft.core.storage import Storage
 
 METRICS = "metrics.jsonl"
@@ -32,4 +34,32 @@ def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read_series(run: Storage, path: str = METRICS) -> list[dict[str, Any]]:
     """`latest` of a run's metrics; [] when nothing was logged."""
-    return latest(read_jsonl(run, path))
+    return latest(read_jsonl(run, path, sound))
+
+
+def gaps(run: Storage, lines: int) -> list[str]:
+    """What a run's metrics have lost, a sentence each.
+
+    Args:
+        lines: that there were when the run was saved.
+    """
+    found, place = read_log(run, METRICS, sound), run.shown(METRICS)
+    said = [told(place, found.damage)] if found.damage else []
+    if found.last < lines:
+        said.append(f"{place} has {found.last} of the {lines} lines it had: its curve has a gap")
+    return said
+
+
+def sound(row: Mapping[str, Any]) -> bool:
+    """Whether a row is one of a series: it has a step and a loss, one per split and task."""
+    need = ("loss", "eval_loss") if row.get("split") == "eval" else ("loss",)
+    return key_of(dict(row)) is not None and all(
+        isinstance(row.get(name), int | float) for name in need
+    )
+
+
+def base_of(run: Storage) -> dict[str, float]:
+    """The base model's evaluation, {"eval_loss": ...}, from the line of step 0; {} where it is
+    gone, and for a clone, whose donor was evaluated."""
+    first = (r for r in read_series(run) if r["step"] == 0 and r.get("split") == "eval")
+    return {k: float(v) for k, v in next(first, {}).items() if k.startswith("eval_")}

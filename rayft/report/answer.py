@@ -6,6 +6,8 @@ import shlex
 from html import escape
 
 from rayft.core.address import below
+from rayft.core.ledger import LEDGER
+from rayft.core.sealed import told
 from rayft.report.axes import written
 from rayft.report.facts import Facts, value_of
 from rayft.report.numbers import Scale, seconds
@@ -47,8 +49,10 @@ def standing(facts: Facts) -> str:
         "diverged": "Every trial diverged, so there is no winner. Lower the learning rates in "
         "sweep.space, or lengthen optim.warmup.",
     }.get(record.status, "")
-    warning = f'<p class="status" role="status">{escape(said)}</p>' if said else ""
-    return f'<p class="note">{escape(line.strip())}</p>{warning}'
+    lost = told(LEDGER, facts.book.damage)
+    warnings = [said, f"{lost}. What they said is in no number here." if lost else ""]
+    shown = [f'<p class="status" role="status">{escape(text)}</p>' for text in warnings if text]
+    return f'<p class="note">{escape(line.strip())}</p>{"".join(shown)}'
 
 
 def answer(facts: Facts, scale: Scale) -> str:

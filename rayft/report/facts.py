@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import shlex
 import statistics
@@ -14,11 +14,14 @@ from pydantic import ValidationError
 
 from rayft.config.sweep import SweepSpec
 from rayft.core.errors import ConfigError, StorageError
-from rayft.core.ledger import Book, Trial, read_ledger
+from rayft.core.ledger import LEDGER, Book, Trial, read_ledger
 from rayft.core.record import SweepRecord
+from rayft.core.sealed import BadRecord, told
 from rayft.core.storage import Storage
 from rayft.report.axes import Axis, axes
 from rayft.report.savings import Savings, savings
+
+log = logging.getLogger(__name__)
 
 RECORD = "sweep.json"
 LOST = ("diverged", "failed")
@@ -88,7 +91,10 @@ def read_facts(storage: Storage) -> Facts:
         ConfigError: the folder is no sweep; it says what it is.
         StorageError: sweep.json cannot be read.
     """
-    return facts(_record(storage), read_ledger(storage), _files(storage))
+    book = read_ledger(storage)
+    if book.damage:
+        log.warning("%s", told(storage.shown(LEDGER), book.damage))
+    return facts(_record(storage), book, _files(storage))
 
 
 def facts(record: SweepRecord, book: Book, files: frozenset[str] = frozenset()) -> Facts:
@@ -180,12 +186,13 @@ def value_of(config: Any, path: str) -> Any:
 
 def _record(storage: Storage) -> SweepRecord:
     try:
-        return SweepRecord.from_json(storage.read_text(RECORD))
+        return SweepRecord.from_json(storage.read_bytes(RECORD))
     except FileNotFoundError:
         pass
-    except (json.JSONDecodeError, TypeError) as error:
+    except BadRecord as error:
         raise StorageError(
-            f"{storage.shown(RECORD)} is not a sweep record: {error}", fix="restore the file"
+            f"{storage.shown(RECORD)} is damaged: {error}",
+            fix="give the sweep's own command again: it makes the file anew from trials.jsonl",
         ) from error
     if storage.exists("run.json"):
         raise ConfigError(

@@ -19,6 +19,7 @@ from rayft.compose.job import Prepared
 from rayft.config.run import Run
 from rayft.core.errors import DivergedError, InterruptedRun, RayftError
 from rayft.core.record import RunRecord
+from rayft.core.series import base_of
 from rayft.core.storage import Storage
 from rayft.runtime.interrupt import Interrupt
 from rayft.runtime.train import Seat, train
@@ -57,7 +58,8 @@ class OwnSeat:
         self._relay = _Relay(run, self._told.put, self._diverge, divergence)
         self._diverged = ""
         if source:
-            self._home.delete("run.json")  # that of the trial before it took other settings
+            for old in ("run.json", "checkpoints"):  # of the trial before it took other settings
+                self._home.delete(old)
         else:
             self._tell_again(heard)
         self._thread = threading.Thread(
@@ -131,7 +133,7 @@ class OwnSeat:
         self._interrupt.stop()
 
     def _rewrite(self, why: str) -> None:
-        record = RunRecord.from_json(self._home.read_text("run.json"))
+        record = RunRecord.from_json(self._home.read_bytes("run.json"))
         self._home.write_text("run.json", replace(record, status="diverged", error=why).to_json())
 
 
@@ -193,9 +195,5 @@ class _Relay:
 
     def _known_base(self) -> float:
         """Of the line of step 0; infinite for a clone, whose donor was evaluated."""
-        from rayft.core.jsonl import read_jsonl
-
         home = Storage.open(self._run.storage).child(self._run.name)
-        rows = read_jsonl(home, "metrics.jsonl")
-        first = (r["eval_loss"] for r in rows if r.get("split") == "eval" and r["step"] == 0)
-        return float(next(first, math.inf))
+        return base_of(home).get("eval_loss", math.inf)

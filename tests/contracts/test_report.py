@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from optuna.trial import TrialState
 
 from rayft import cli
 from rayft.core.ledger import Ledger
+from rayft.core.record import SweepRecord
 from rayft.core.storage import Storage
 from rayft.report import build, write_report
 from rayft.report.facts import read_facts
@@ -129,9 +131,9 @@ def test_what_users_write_stays_text(tmp_path: Path) -> None:
             f"t9{number}{EVIL}", "failed" if number else "done", 10, params, metrics, error=EVIL
         )
     book.close()
-    record = json.loads(home.read_text("sweep.json"))
-    record |= {"name": EVIL, "status": "failed", "error": EVIL}
-    home.write_text("sweep.json", json.dumps(record))
+    record = SweepRecord.from_json(home.read_text("sweep.json"))
+    record = replace(record, name=EVIL, status="failed", error=EVIL)
+    home.write_text("sweep.json", record.to_json())
     page = read(home)
     assert "img" not in [tag for tag, _ in page.tags]
     assert [a for _, a in page.tags if any(name.startswith("on") for name in a)] == []
@@ -251,7 +253,7 @@ def test_the_command_names_its_files_or_what_is_wrong(
     assert "is a single run" in capsys.readouterr().err
     home.write_text("sweep.json", '{"name": "torn')
     assert cli.main(["report", home.uri]) == 6
-    assert "is not a sweep record" in capsys.readouterr().err
+    assert "sweep.json is damaged" in capsys.readouterr().err
 
 
 def test_commands_for_a_sweep_in_a_bucket_can_be_pasted(tmp_path: Path) -> None:
