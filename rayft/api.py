@@ -15,8 +15,16 @@ if TYPE_CHECKING:
 __all__ = ["load", "sweep", "train"]
 
 
-def train(config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()) -> RunRecord:
+def train(
+    config: str | Path | Mapping[str, Any] | Run,
+    overrides: Sequence[str] = (),
+    *,
+    restart: bool = False,
+) -> RunRecord:
     """Run, or continue the unfinished run of that name; `rayft train` is this function.
+
+    Args:
+        restart: set the run's checkpoints and metrics aside (nothing is deleted), begin at step 0.
 
     Raises:
         RayftError: see rayft.core.errors; each class has the command's exit code.
@@ -24,7 +32,7 @@ def train(config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str]
     run = load(config, overrides)
     from rayft.runtime.train import train as start  # torch and ray: only when training
 
-    return start(run)
+    return start(run, restart=restart)
 
 
 def sweep(

@@ -91,14 +91,21 @@ def check(
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Set checkpoints and metrics aside, begin at step 0."),
+    ] = False,
+) -> None:
     """Run, or continue the unfinished run of that name."""
     run = rayft.load(config, overrides or ())
     folder = below(run.storage, run.name)
     _folder.set(folder)
     from rayft.runtime.train import train as start
 
-    record = start(run, again=_typed("train", config, overrides))
+    record = start(run, again=_typed("train", config, overrides), restart=restart)
     say("\n".join(_summary(record, folder)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -14,19 +13,24 @@ from typing import Any
 
 from torch import Tensor
 
-from rayft.compose.manifest import (
+from rayft.compose.folders import (
     BAD,
     COMMIT,
     FOLDER,
+    committed,
+    folder_name,
+    names,
+    order,
+    set_aside,
+)
+from rayft.compose.manifest import (
     BadCommit,
     CommitRecord,
     Hash,
     Manifest,
     failed_name,
-    folder_name,
     hash_of,
     manifest_name,
-    order,
     parse_manifest,
 )
 from rayft.compose.shardfile import Shards, hash_file
@@ -92,12 +96,6 @@ class Commit:
                 yield name, reader.read(name, PARAM, 0, math.prod(shape)).view(shape)
 
 
-def names(run: Storage) -> list[str]:
-    """Checkpoint folders, committed or not, newest first (by step, then attempt)."""
-    found = [entry.name for entry in run.list(FOLDER) if entry.folder and order(entry.name)]
-    return sorted(found, key=lambda name: order(name) or (), reverse=True)
-
-
 def load_commit(run: Storage, name: str, *, verify: bool = True) -> Commit:
     """The checkpoint `name`; without `verify` the shards are not hashed (somebody just did).
 
@@ -126,9 +124,7 @@ def find_commit(run: Storage, *, set_bad_aside: bool = True) -> Commit | None:
 
     A bad one is set aside with a warning that names the file, and the one before it is tried.
     """
-    for name in names(run):
-        if not run.exists(f"{FOLDER}/{name}/{COMMIT}") or run.exists(f"{FOLDER}/{name}/{BAD}"):
-            continue
+    for name in committed(run):
         try:
             return load_commit(run, name)
         except BadCommit as error:
@@ -136,20 +132,6 @@ def find_commit(run: Storage, *, set_bad_aside: bool = True) -> Commit | None:
             if set_bad_aside:
                 set_aside(run, name, str(error))
     return None
-
-
-def set_aside(run: Storage, name: str, reason: str) -> None:
-    """Move the folder to checkpoints/.bad/ (object stores: mark it): nobody tries it again."""
-    folder = run.local_path(f"{FOLDER}/{name}")
-    try:
-        if folder is None:
-            run.write_text(f"{FOLDER}/{name}/{BAD}", json.dumps({"reason": reason}))
-        else:
-            target = folder.parent / ".bad" / name
-            target.parent.mkdir(exist_ok=True)
-            folder.rename(target)
-    except (OSError, StorageError) as error:  # another rank was first, or storage is read-only
-        log.warning("could not set %s aside: %s", name, error)
 
 
 def gather(folder: Storage, step: int, attempt: str, world: int, deadline: float) -> list[Hash]:

@@ -21,6 +21,7 @@ from rayft.compose.publish import EXPORT, choose_commit, publish
 from rayft.compose.session import Session, peak_memory
 from rayft.config.run import Run
 from rayft.core.record import Best, RunRecord
+from rayft.core.sealed import BadRecord
 from rayft.core.storage import Storage
 from rayft.models.quiet import hush
 
@@ -57,7 +58,7 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
     outcome = _outcome(status, session)
     if status == "done" and rank == 0 and job.export:
         signals.progress({"kind": "export", "step": progress.step})
-        record = _record(storage, parts, progress)
+        record = _record(job, storage, parts, progress)
         publish(parts.built, record, choose_commit(storage, record), storage.child(EXPORT))
     return outcome
 
@@ -90,10 +91,15 @@ def _started(parts: Parts, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _record(storage: Storage, parts: Parts, progress: Progress) -> RunRecord:
+def _record(job: Job, storage: Storage, parts: Parts, progress: Progress) -> RunRecord:
     """What the model card tells: the driver's record, with this attempt's results."""
+    try:
+        record = RunRecord.from_json(storage.read_bytes("run.json"))
+    except (FileNotFoundError, BadRecord):  # the driver writes it again when this is told
+        name, seed = parts.run.name, parts.run.seed
+        record = RunRecord(name, "running", job.config, job.digest, job.data_hash, seed)
     return replace(
-        RunRecord.from_json(storage.read_text("run.json")),
+        record,
         status="done",
         steps=progress.step,
         steps_total=parts.steps,

@@ -17,14 +17,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from rayft.compose.folders import BAD, COMMIT, FOLDER, folder_name, order
 from rayft.compose.shardfile import Index
 
-FOLDER = "checkpoints"
-COMMIT = "COMMIT.json"
-BAD = "BAD.json"  # marks a bad checkpoint where folders cannot be renamed
+__all__ = ["BAD", "COMMIT", "FOLDER", "folder_name", "order"]
+
 _SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"}\n')
 _SEAL_BYTES = 78
-_NAME = re.compile(r"step-(\d{1,18})-(\d{1,18})([0-9A-Za-z]*)")
 
 
 class BadCommit(Exception):
@@ -124,11 +123,6 @@ def parse_manifest(data: bytes, record_name: str, rank: int) -> Manifest:
     return manifest
 
 
-def folder_name(step: int, attempt: str) -> str:
-    """`step-<n>-<attempt>`."""
-    return f"step-{step}-{attempt}"
-
-
 def shard_name(rank: int) -> str:
     """File of the tensors."""
     return f"rank-{rank}.safetensors"
@@ -142,12 +136,6 @@ def manifest_name(rank: int) -> str:
 def failed_name(rank: int) -> str:
     """Marker: the rank could not write its part, do not wait for it."""
     return f"failed-{rank}.json"
-
-
-def order(name: str) -> tuple[int, int, str] | None:
-    """(step, attempt number, rest of the attempt) of a checkpoint's folder; None: not one."""
-    match = _NAME.fullmatch(name)
-    return (int(match[1]), int(match[2]), match[3]) if match else None
 
 
 def _first(error: ValidationError) -> str:

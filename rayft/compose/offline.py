@@ -22,8 +22,9 @@ from rayft.compose.publish import EXPORT, choose_commit, copy_out, make_export, 
 from rayft.config.run import Run
 from rayft.config.strategies import DdpSpec
 from rayft.core.batch import Batch
-from rayft.core.errors import ConfigError, DataError
+from rayft.core.errors import ConfigError, DataError, StorageError
 from rayft.core.record import RunRecord
+from rayft.core.sealed import BadRecord
 from rayft.core.storage import Storage
 from rayft.models.quiet import hush
 
@@ -65,7 +66,7 @@ def read_record(storage: Storage) -> RunRecord:
     """run.json of a run's folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none. StorageError: it is damaged.
     """
     if not storage.exists("run.json"):
         raise ConfigError(
@@ -73,7 +74,13 @@ def read_record(storage: Storage) -> RunRecord:
             cause="it holds no run.json",
             fix="give the run's own folder: <storage>/<name>",
         )
-    return RunRecord.from_json(storage.read_text("run.json"))
+    try:
+        return RunRecord.from_json(storage.read_bytes("run.json"))
+    except BadRecord as error:
+        raise StorageError(
+            f"{storage.shown('run.json')} is damaged: {error}",
+            fix="give the run's own command again: it makes the file anew from the checkpoints",
+        ) from error
 
 
 def open_run(where: str) -> Opened:

@@ -17,12 +17,14 @@ from rayft.compose.assemble import Parts
 from rayft.compose.checkpoint import REFUSED, CheckpointWriter
 from rayft.compose.commit import Commit, donated, find_commit, load_commit
 from rayft.compose.evaluate import evaluate
+from rayft.compose.folders import all_damaged, damaged, give_up
 from rayft.compose.job import Job, Signals
 from rayft.compose.loop import Progress, Schedule, StepResult
 from rayft.compose.manifest import folder_name
 from rayft.core.address import above
 from rayft.core.errors import PermanentStorageError, StorageError
 from rayft.core.jsonl import Appender
+from rayft.core.series import METRICS, gaps
 from rayft.core.shards import Shard
 from rayft.core.storage import Storage
 
@@ -111,19 +113,28 @@ class Session:
             config=self.job.digest,
         )
         self.generators = self.generators or GlobalGenerators(self.device)
-        self.metrics = Appender(self.storage, "metrics.jsonl") if self.rank == 0 else None
+        self.metrics = Appender(self.storage, METRICS) if self.rank == 0 else None
 
     # ---- restore
 
     def restore(self) -> Commit | None:
-        """Continue from the newest commit that verifies; None when there is none."""
-        name = agree(self._newest, self.rank, self.world)
+        """Continue from the newest commit that verifies; None when there is none.
+
+        Raises:
+            DamagedError: there are commits, and every one is damaged.
+        """
+        name, bad = agree(self._newest, self.rank, self.world)
+        if bad:
+            raise all_damaged(self.storage, bad)
         if name is None:
             self.generators.restore({}, fresh_seed(self.parts.run.seed, self.rank, 0))
             return None
         commit = load_commit(self.storage, name, verify=False)  # rank 0 has just verified it
         self.take(commit)
         self.writer.parent = commit.name
+        if self.metrics is not None:
+            for text in gaps(self.storage, commit.extra(0).get("lines", 0)):
+                self._warn(commit.step, text)
         return commit
 
     def take(self, commit: Commit) -> None:
@@ -155,9 +166,20 @@ class Session:
             self.progress.best = {"step": commit.step, "metric": loss, "checkpoint": own}
         return commit
 
-    def _newest(self) -> str | None:
+    def _newest(self) -> tuple[str | None, list[str]]:
+        """(name of the newest good commit, all of them where they are damaged)."""
         commit = find_commit(self.storage)
-        return None if commit is None else commit.name
+        if commit is not None:
+            return commit.name, []
+        bad = damaged(self.storage)
+        if bad and not self.job.insist:
+            give_up(self.storage)
+            self._warn(0, f"all checkpoints are damaged ({', '.join(bad)}): begun again at step 0")
+            bad = []
+        return None, bad
+
+    def _warn(self, step: int, text: str) -> None:
+        self.signals.progress({"kind": "warn", "step": step, "text": text})
 
     # ---- the loop's hooks
 
@@ -224,6 +246,7 @@ class Session:
         }
         if self.metrics is not None:
             self.metrics.flush()
+            extra["lines"] = self.metrics.lines
         return replace(shard, whole={**shard.whole, **self.generators.state()}), extra
 
     # ---- the end
@@ -260,7 +283,7 @@ class Session:
             text = f"a checkpoint was not written: {problem.what}"
             if isinstance(problem, PermanentStorageError):
                 text += f"; after {REFUSED} in a row the run stops"
-            self.signals.progress({"kind": "warn", "step": step, "text": text})
+            self._warn(step, text)
         committed = self.writer.committed
         if committed != self.told:
             self.told = committed

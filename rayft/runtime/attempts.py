@@ -11,13 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from rayft.core.errors import DeadGradientError, PermanentStorageError, RayftError
+from rayft.core.errors import (
+    DamagedError,
+    DeadGradientError,
+    PermanentStorageError,
+    RayftError,
+)
 from rayft.runtime.failure import Failure, WorkerFailed, first_line, hint
 
 T = TypeVar("T")
 
 SAME = 3  # the same error at the same step so often is no accident
 FINAL = frozenset({2, 3, 4, 5, 75})  # exit codes that another attempt cannot change
+HOPELESS = (PermanentStorageError, DeadGradientError, DamagedError)  # whatever their exit codes
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds
 
 
@@ -52,7 +58,7 @@ def decide(history: Sequence[Attempt], retries: int) -> Retry | GiveUp:
             which none before it had finished made progress: it counts as a first one again.
     """
     last = history[-1]
-    hopeless = isinstance(last.failure.error, PermanentStorageError | DeadGradientError)
+    hopeless = isinstance(last.failure.error, HOPELESS)
     if last.failure.exit_code in FINAL or hopeless:
         return GiveUp("another attempt cannot change this")
     stalled, furthest = 0, -1

@@ -70,4 +70,5 @@ def refit(run: Run, home: Storage, best: dict[str, Any], again: str) -> RunRecor
     from rayft.runtime.train import train
 
     searched = run.model_copy(update={"sweep": run.sweep.model_copy(update={"steps": None})})
-    return train(applied(searched, best["params"], name=BEST, storage=home.uri), again=again)
+    winner = applied(searched, best["params"], name=BEST, storage=home.uri)
+    return train(winner, again=again, insist=False)

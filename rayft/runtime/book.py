@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
+from rayft.compose.folders import give_up, last_attempt
 from rayft.compose.job import Job, Outcome, Prepared
 from rayft.config.run import Run
 from rayft.core.errors import (
-    ConfigError,
     DataError,
     DivergedError,
     InterruptedRun,
@@ -28,24 +25,32 @@ from rayft.core.errors import (
 from rayft.core.record import Best, RunRecord, Status
 from rayft.core.storage import Storage
 from rayft.runtime.attempts import GiveUp, Retry
+from rayft.runtime.earlier import RECORD, earlier
 from rayft.runtime.failure import Failure, first_line
 from rayft.runtime.progress import Event, View
 from rayft.runtime.trackers import Trackers
 
-RECORD, BAD_ROWS = "run.json", "bad_rows.jsonl"
+BAD_ROWS = "bad_rows.jsonl"
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
-_AGAIN = "put the config back to continue it, or choose another name"
 
 
 class Book:
     """Keeps run.json true while a run goes on."""
 
     def __init__(
-        self, home: Storage, run: Run, view: View, *, source: str = "", export: bool = True
+        self,
+        home: Storage,
+        run: Run,
+        view: View,
+        *,
+        source: str = "",
+        export: bool = True,
+        insist: bool = True,
     ) -> None:
         self.home, self._run, self._view = home, run, view
-        self._source, self._export = source, export
-        self.record = _previous(home, run)
+        self._source, self._export, self._insist = source, export, insist
+        self._earlier = earlier(home, run)
+        self.record = self._earlier.record
         self.reached = self.record.steps  # furthest finished step of any attempt
         self._step: int | None = None  # last finished step of this attempt
         self._saved = 0  # step of the last commit that was found or made; 0 for none
@@ -65,8 +70,26 @@ class Book:
         Raises:
             ConfigError, StorageError: as at the beginning.
         """
-        self.record = _previous(self.home, self._run)
+        self._earlier = earlier(self.home, self._run)
+        self.record = self._earlier.record
+        if self._earlier.word:
+            self.warn(self._earlier.word)
         self.reached, self._before = self.record.steps, self.record.seconds
+
+    def restart(self) -> None:
+        """Begin at step 0: checkpoints, metrics and run.json are set aside, nothing is deleted."""
+        gone, number = give_up(self.home), max(self.record.attempts, last_attempt(self.home))
+        folder = f"before-{number + 1}"
+        for entry in self.home.list():
+            if entry.name.startswith("metrics") or entry.name == RECORD:
+                self.home.write_bytes(f"{folder}/{entry.name}", self.home.read_bytes(entry.name))
+                self.home.delete(entry.name)
+        self._earlier = earlier(self.home, self._run)
+        self.record = replace(self._earlier.record, attempts=number)
+        self.reached, self._before = 0, 0.0
+        self.note(
+            f"beginning at step 0; {len(gone)} checkpoints are set aside, the rest is in {folder}"
+        )
 
     def hand_over(self) -> None:
         """Another driver has taken over: nothing more is written."""
@@ -90,6 +113,8 @@ class Book:
             )
         self._trackers = Trackers(self._run, self.home, self.warn)
         self._begun = True
+        if self._earlier.damaged:
+            self.home.write_bytes(f"{RECORD}.damaged", self._earlier.damaged)
         if prepared.bad_rows:
             self.home.write_bytes(BAD_ROWS, prepared.bad_rows)
         self._write(
@@ -106,9 +131,10 @@ class Book:
     def job(self, prepared: Prepared) -> Job:
         """The next attempt, under a name no other attempt of this run has."""
         # digits that grow, then a letter: the commit protocol fences off older attempts by number
-        attempt = f"{self.record.attempts + 1}x{secrets.token_hex(3)}"
+        number = max(self.record.attempts, last_attempt(self.home)) + 1
+        attempt = f"{number}x{secrets.token_hex(3)}"
         self._step = None
-        self._write(attempts=self.record.attempts + 1)
+        self._write(attempts=number)
         # Where a relative path leads must not depend on the worker.
         config = self._run.resolved() | {"storage": Storage.open(self._run.storage).uri}
         return Job(
@@ -119,6 +145,7 @@ class Book:
             prepared.hash,
             source=self._source,
             export=self._export,
+            insist=self._insist,
         )
 
     def hear(self, events: Sequence[Event]) -> int | None:
@@ -214,68 +241,6 @@ def _counted(total: dict[str, int]) -> str:
     kept = f"{total['documents']:,} documents, {total['tokens']:,} tokens"
     lost = [f"{total[key]:,} {key}" for key in ("cut", "dropped", "bad") if total[key]]
     return ", ".join([kept, *lost])
-
-
-def _previous(home: Storage, run: Run) -> RunRecord:
-    """What run.json says, or a fresh record.
-
-    Raises:
-        ConfigError: that run has another config.
-        StorageError: run.json cannot be read.
-    """
-    try:
-        record = RunRecord.from_json(home.read_text(RECORD))
-    except FileNotFoundError:
-        return RunRecord(run.name, "running", run.resolved(), run.digest(), seed=run.seed)
-    except (json.JSONDecodeError, TypeError) as error:
-        raise StorageError(
-            f"{home.shown(RECORD)} is not a run record: {error}",
-            fix="restore it, or choose another name",
-        ) from error
-    if record.config_hash != run.digest():
-        raise ConfigError(
-            "\n".join(
-                [
-                    f"run {run.name} exists with another config:",
-                    *changes_between(record.config, run, Run.identity),
-                ]
-            ),
-            where=home.shown(RECORD),
-            fix=_AGAIN,
-        )
-    # Free settings (workers, micro-batch, trackers) may differ; the record says what holds now.
-    return replace(record, config=run.resolved())
-
-
-def changes_between(
-    config: dict[str, Any], run: Run, identity: Callable[[Run], dict[str, Any]]
-) -> list[str]:
-    """`key: before -> now` for everything of `identity` that must not change."""
-    try:
-        before = flat(identity(Run.model_validate(config)))
-    except ValidationError:
-        before = flat(config)
-    now = flat(identity(run))
-    missing = "(absent)"
-    return [
-        f"  {key}: {before.get(key, missing)} -> {now.get(key, missing)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, missing) != now.get(key, missing)
-    ]
-
-
-def flat(data: Any, path: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1]}} -> {"a.b.0": 1}, the way overrides name fields."""
-    if isinstance(data, dict):
-        items = [(str(key), value) for key, value in data.items()]
-    elif isinstance(data, list):
-        items = [(str(index), value) for index, value in enumerate(data)]
-    else:
-        return {path: data}
-    found: dict[str, Any] = {}
-    for key, value in items:
-        found |= flat(value, f"{path}.{key}" if path else key)
-    return found
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ from rayft.config.run import Run
 from rayft.config.space import applied
 from rayft.core.errors import RayftError
 from rayft.core.storage import Storage
-from rayft.runtime.floor import Floor, prepare_elsewhere
+from rayft.runtime.floor import ATTEMPTS, Floor, prepare_elsewhere
 from rayft.runtime.pack_actor import Opening
 from rayft.runtime.packs import Pack, Packs
 from rayft.trials.plan import pack_key, why_alone
@@ -198,8 +198,9 @@ class Desk:
         prepared = await self._prepared(run)
         self._joins += 1
         # digits that grow, then a letter: older attempts of the trial are fenced off by number
-        attempt = f"{self._floor.start * 100_000 + self._joins}x{secrets.token_hex(3)}"
-        return Job(run.resolved(), run.digest(), attempt, prepared.uri, prepared.hash)
+        attempt = f"{self._floor.start * ATTEMPTS + self._joins}x{secrets.token_hex(3)}"
+        facts = (run.resolved(), run.digest(), attempt, prepared.uri, prepared.hash)
+        return Job(*facts, insist=False)
 
     async def _prepared(self, run: Run) -> Prepared:
         """The tokenised data of a trial: the sweep's own, unless the space changes what is read."""

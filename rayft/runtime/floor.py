@@ -11,6 +11,8 @@ from rayft.compose.job import Prepared
 from rayft.config.run import Run
 from rayft.runtime.driver_context import DriverContext
 
+ATTEMPTS = 100_000  # numbers of attempts that one start of a sweep may give its trials
+
 
 @dataclass(frozen=True)
 class Floor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -12,14 +11,15 @@ from typing import Any
 
 from rayft.config.run import Run
 from rayft.config.sweep import PbtSpec
-from rayft.core.errors import ConfigError, StorageError
-from rayft.core.ledger import Book, Ledger, Trial, fold, read_ledger
-from rayft.core.record import RunRecord, SweepRecord
+from rayft.core.ledger import LEDGER, Book, Ledger, Trial, fold, read_ledger
+from rayft.core.record import RunRecord
+from rayft.core.sealed import BadRecord, told
+from rayft.core.series import base_of
 from rayft.core.storage import Storage
-from rayft.runtime.book import changes_between, versions
+from rayft.runtime.book import versions
+from rayft.runtime.mend import TRIALS, earlier_sweep, lost_lines
 
 RECORD = "sweep.json"
-TRIALS = "trials"
 _FACTS = ("time_this_iter_s", "time_total_s", "time_since_restore", "timestamp", "pid")
 _NOT_METRICS = ("step", "standing", "error_text", "score", "done", "donor", "training_iteration")
 
@@ -30,9 +30,12 @@ class SweepBook:
 
     def __init__(self, home: Storage, run: Run) -> None:
         self.home, self.run, self.spec = home, run, run.sweep
-        self.record = _previous(home, run)
         self.book: Book = read_ledger(home)
         self.news: list[str] = []  # lines for people, taken by the view
+        if self.book.damage:
+            self.news.append(f"warning: {told(home.shown(LEDGER), self.book.damage)}")
+        self.record, said = earlier_sweep(home, run, self.book)
+        self.news += [f"warning: {said}"] * bool(said)
         self._ledger: Ledger | None = None
         self._began = time.monotonic()
         self._before = self.record.seconds
@@ -53,6 +56,18 @@ class SweepBook:
         """From here on the sweep exists on storage."""
         self.write(status="running", starts=self.record.starts + 1, versions=versions(), **facts)
         self._ledger = Ledger(self.home)
+        hashes = (self.record.config_hash, self.record.data_hash)
+        fold([self._ledger.start(self.record.name, self.record.starts, *hashes)], self.book)
+        if self.record.starts > 1:
+            self._mend()
+
+    def _mend(self) -> None:
+        """Lines that a damaged ledger should have."""
+        for lost in lost_lines(self.home.child(TRIALS), self.run, self.book):
+            facts = {"error": lost.error} if lost.error else {}
+            values = (lost.status, lost.step, lost.params, lost.metrics)
+            self._add(lost.trial, *values, **facts)
+            self.news.append(f"{lost.trial} was {lost.status}: from its folder, not the ledger")
 
     def write(self, **changes: Any) -> None:
         """Change sweep.json."""
@@ -224,8 +239,11 @@ class SweepBook:
         best = self.best()
         if best is None:
             return self.record.base
-        text = self.home.child(TRIALS, best[0].id).read_text("run.json")
-        return RunRecord.from_json(text).base
+        home = self.home.child(TRIALS, best[0].id)
+        try:
+            return RunRecord.from_json(home.read_bytes("run.json")).base
+        except (FileNotFoundError, BadRecord):
+            return base_of(home)
 
 
 def metrics_of(result: dict[str, Any]) -> dict[str, float]:
@@ -239,32 +257,3 @@ def metrics_of(result: dict[str, Any]) -> dict[str, float]:
         and not name.startswith(("iterations_", "time_", "timesteps_", "episodes_"))
         and math.isfinite(value)
     }
-
-
-def _previous(home: Storage, run: Run) -> SweepRecord:
-    """What sweep.json says, or a fresh record.
-
-    Raises:
-        ConfigError: that sweep has another config; it names what differs.
-        StorageError: sweep.json cannot be read.
-    """
-    try:
-        record = SweepRecord.from_json(home.read_text(RECORD))
-    except FileNotFoundError:
-        spec = run.sweep
-        return SweepRecord(
-            run.name, "running", run.resolved(), run.sweep_digest(), spec.metric, spec.mode
-        )
-    except (json.JSONDecodeError, TypeError) as error:
-        raise StorageError(
-            f"{home.shown(RECORD)} is not a sweep record: {error}",
-            fix="restore it, or choose another name",
-        ) from error
-    if record.config_hash != run.sweep_digest():
-        diff = changes_between(record.config, run, Run.sweep_identity)
-        raise ConfigError(
-            "\n".join([f"sweep {run.name} exists with another config:", *diff]),
-            where=home.shown(RECORD),
-            fix="put the config back to continue it, or choose another name",
-        )
-    return replace(record, config=run.resolved())

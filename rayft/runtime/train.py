@@ -40,6 +40,8 @@ def train(
     prepare: Prepare | None = None,
     again: str = AGAIN,
     seat: Seat | None = None,
+    restart: bool = False,
+    insist: bool = True,
 ) -> RunRecord:
     """Train until the run is done, through failures; a done run is returned as it is.
 
@@ -48,6 +50,8 @@ def train(
         prepare: how data is tokenised; default rayft's own.
         again: the command that continues this run, for messages.
         seat: for a trial of a sweep; default: a run of its own, on this terminal.
+        restart: set checkpoints and metrics aside, and begin at step 0.
+        insist: where all its commits are damaged, stop (a trial never does: it begins again).
 
     Raises:
         ConfigError, DataError, InfeasibleError, DivergedError, StorageError: exit codes 2 to 6.
@@ -58,9 +62,9 @@ def train(
     refuse(run)
     trackers.installed(run.trackers)
     home = Storage.open(run.storage).child(run.name)
-    book = _book(home, run, seat)
+    book = _book(home, run, seat, insist)
     try:
-        if book.done:
+        if book.done and not restart:
             return _done(book)
         if seat is None:
             _look(run, home, book)
@@ -72,10 +76,13 @@ def train(
 
             with Lease.held(home, lost) as lease:
                 book.home = home.existing()
-                book.reread()  # another driver may have ended while this one began
+                if restart:
+                    book.restart()
+                else:
+                    book.reread()  # another driver may have ended while this one began
                 if book.done:
                     return _done(book)
-                if book.record.attempts:
+                if book.record.attempts and not restart:
                     book.note(f"continuing run {run.name} ({book.record.status}): {home.shown()}")
                 try:
                     return _train(run, book, interrupt, engine, prepare or _prepare(), again)
@@ -89,11 +96,11 @@ def train(
         book.close()
 
 
-def _book(home: Storage, run: Run, seat: Seat | None) -> Book:
+def _book(home: Storage, run: Run, seat: Seat | None, insist: bool) -> Book:
     if seat is not None:
-        return Book(home, run, seat.view, source=seat.source, export=seat.export)
+        return Book(home, run, seat.view, source=seat.source, export=seat.export, insist=False)
     reachable(home)
-    return Book(home, run, view())
+    return Book(home, run, view(), insist=insist)
 
 
 def _look(run: Run, home: Storage, book: Book) -> None:

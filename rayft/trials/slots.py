@@ -23,6 +23,7 @@ from rayft.config.run import OptimSpec, Run
 from rayft.core.errors import DeadGradientError, DivergedError, RayftError, StorageError
 from rayft.core.protocols import Group
 from rayft.core.record import Best, RunRecord, Status
+from rayft.core.sealed import BadRecord
 from rayft.core.shards import PARAM, Shard, ShardReader, Slice
 from rayft.core.storage import Storage
 from rayft.strategies.optim import MOMENTS, adam_state, read_lrs, set_lrs
@@ -275,8 +276,12 @@ def forget(storage: Storage) -> None:
 def record_of(storage: Storage, run: Run, job: Job, facts: Mapping[str, Any]) -> RunRecord:
     """run.json as it stands, or the first one; the attempt counted."""
     fresh = RunRecord(run.name, "running", run.resolved(), job.digest, seed=run.seed)
-    if storage.exists(RECORD):
-        fresh = RunRecord.from_json(storage.read_text(RECORD))
+    try:
+        fresh = RunRecord.from_json(storage.read_bytes(RECORD))
+    except FileNotFoundError:
+        pass
+    except BadRecord as error:  # its commits know the state; the rest is written again
+        log.warning("%s is made anew: %s", storage.shown(RECORD), error)
     return replace(
         fresh,
         config=run.resolved(),

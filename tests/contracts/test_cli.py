@@ -180,13 +180,14 @@ def test_train_prints_what_came_out(
     )  # fmt: skip
     commands = []
 
-    def train(run: Run, *, again: str) -> RunRecord:
-        commands.append(again)
+    def train(run: Run, *, again: str, restart: bool) -> RunRecord:
+        commands.append((again, restart))
         return record
 
     monkeypatch.setattr(rayft.runtime.train, "train", train)
     assert cli.main(["train", str(ROOT / QLORA), "seed=0"]) == 0
-    assert commands == [f"rayft train {ROOT / QLORA} seed=0"]
+    again = f"rayft train {ROOT / QLORA} seed=0"
+    assert commands == [(again, False)]
     assert capsys.readouterr().out.splitlines() == [
         "a: done, 80 steps, 61 s, 1,000 of 2,000 parameters",
         "  held-out loss: base 2.2500 -> tuned 1.5000 (perplexity 9.5 -> 4.5)",
@@ -195,6 +196,8 @@ def test_train_prints_what_came_out(
         "  export: runs/quickstart-qlora/export",
         "  next: rayft eval runs/quickstart-qlora --generate 64",
     ]
+    assert cli.main(["train", str(ROOT / QLORA), "--restart", "seed=0"]) == 0
+    assert commands[1:] == [(again, True)]  # what continues a restarted run restarts it no more
 
 
 def test_python_has_the_same_doors() -> None:

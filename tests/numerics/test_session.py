@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +15,18 @@ import torch.distributed as dist
 from rayft.compose.assemble import assemble
 from rayft.compose.commit import find_commit
 from rayft.compose.data import open_corpus, prepare_data
+from rayft.compose.folders import names, order
 from rayft.compose.job import Job
 from rayft.compose.offline import evaluate_run
 from rayft.compose.publish import choose_commit, publish
 from rayft.compose.session import Session
 from rayft.config.load import load
-from rayft.core.errors import ConfigError
+from rayft.config.run import Run
+from rayft.core.errors import ConfigError, StorageError
 from rayft.core.record import Best, RunRecord
 from rayft.core.storage import Storage
 from rayft.models.chunked import LogitMap
+from rayft.runtime.train import train
 
 CPU = torch.device("cpu")
 
@@ -179,3 +184,169 @@ def test_a_second_run_in_one_process_has_a_group_of_its_own(strategy, tmp_path):
         if dist.is_initialized():
             dist.destroy_process_group()
         session(tmp_path / name, f"strategy={strategy}").abandon()
+
+
+# --- damage ---
+
+
+def small_run(folder: Path, *changes: str) -> Run:
+    source = {"path": "builtin:docstrings", "samples": 4}
+    base = {
+        "name": "small",
+        "model": {"path": "builtin:tiny"},
+        "data": {"train": [source], "eval": [source | {"split": "heldout"}], "max_length": 64},
+        "train": {"steps": 4, "global_batch": 2, "micro_batch": 2, "save_every": 2, "keep": 4},
+        "scale": {"workers": 0, "gpus": 0},
+        "storage": str(folder),
+    }
+    return load(base, changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a run that is done, with commits of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(small_run(folder))
+    return folder
+
+
+@pytest.fixture
+def done(finished, tmp_path) -> tuple[Run, Path]:
+    """A copy of it that this test may damage."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return small_run(tmp_path), tmp_path / "small"
+
+
+def commits(home: Path) -> list[str]:
+    return [name for name in names(Storage.open(str(home)))]
+
+
+RECORDS = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "not utf-8": lambda data: b"\xff\xfe" + data,
+    "empty": lambda data: b"",
+    "wrong types": lambda data: b'{"name": 3, "status": []}',
+    "one bit": lambda data: data.replace(b'"attempts": 1', b'"attempts": 0'),
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("what", RECORDS)
+def test_run_json_is_made_anew_from_the_commits(what, done, capsys):
+    run, home = done
+    file, damage = home / "run.json", RECORDS[what]
+    before = RunRecord.from_json(file.read_bytes())
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    record = train(run)
+    said = capsys.readouterr().err
+    assert f"run.json is {'gone' if damage is None else 'damaged'}" in said
+    assert "made anew from the checkpoint of step 4" in said and "not a checkpoint" not in said
+    same = ("status", "steps", "steps_total", "eval", "base", "best", "data_hash", "tokens")
+    assert all(vars(record)[name] == vars(before)[name] for name in same)
+    assert record.attempts == 2 and RunRecord.from_json(file.read_bytes()) == record
+    assert (home / "run.json.damaged").exists() == (what not in ("gone", "empty"))
+
+
+def test_attempts_are_numbered_behind_the_checkpoints(done):
+    """A lower number is refused by every save, as an older attempt of the run."""
+    run, home = done
+    shutil.rmtree(home / "checkpoints" / commits(home)[0])  # steps 3 and 4 are done again
+    (home / "checkpoints" / "step-3-7xabc").mkdir()  # cut off while it saved
+    (home / "run.json").unlink()
+    record = train(run)
+    assert (record.status, record.attempts) == ("done", 8)
+    assert [order(name)[:2] for name in commits(home)] == [(4, 8), (2, 1)]
+
+
+def test_commits_of_another_config_are_refused_without_run_json(done):
+    run, home = done
+    (home / "run.json").unlink()
+    with pytest.raises(ConfigError, match="are of another config"):
+        train(small_run(home.parent, "optim.lr=0.5"))
+    assert len(commits(home)) == 2
+
+
+def damage_all(home: Path) -> None:
+    for shard in home.glob("checkpoints/*/rank-0.safetensors"):
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+    record = RunRecord.from_json((home / "run.json").read_bytes())
+    (home / "run.json").write_text(replace(record, status="failed").to_json())
+
+
+def test_a_run_whose_commits_are_all_damaged_stops_and_gives_the_choice(done, capsys):
+    run, home = done
+    damage_all(home)
+    for _ in range(2):  # the same again, once they lie in .bad
+        with pytest.raises(StorageError, match="every checkpoint of this run is damaged") as caught:
+            train(run)
+        assert caught.value.exit_code == 6 and "--restart" in caught.value.fix
+    assert commits(home) == []
+    metrics = (home / "metrics.jsonl").read_bytes()
+    record = train(run, restart=True)
+    assert (record.status, record.steps, record.attempts) == ("done", 4, 4)
+    assert "beginning at step 0; 2 checkpoints are set aside" in capsys.readouterr().err
+    (kept,) = home.glob("before-*/metrics.jsonl")
+    assert kept.read_bytes() == metrics and (kept.parent / "run.json").is_file()
+    assert len(list((home / "checkpoints/.bad").glob("step-*"))) == 2
+    (home / "run.json").unlink()  # given up once, they are no reason to stop any more
+    assert train(run).status == "done"
+
+
+def test_restart_begins_a_good_run_again_too(done):
+    run, home = done
+    before = RunRecord.from_json((home / "run.json").read_bytes())
+    assert train(run).attempts == 1  # done is done
+    record = train(run, restart=True)
+    assert record.attempts == 2 and record.eval == before.eval
+    assert len(list((home / "checkpoints/.bad").glob("step-*"))) == 2
+
+
+def test_a_trial_whose_commits_are_all_damaged_begins_again_by_itself(done, capsys):
+    run, home = done
+    damage_all(home)
+    record = train(run, insist=False)
+    assert record.status == "done" and "begun again at step 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["cut", "zeroed", "gone", "one bit"])
+def test_a_run_that_goes_on_says_what_its_metrics_have_lost(what, done, capsys):
+    run, home = done
+    file, record = home / "metrics.jsonl", RunRecord.from_json((home / "run.json").read_bytes())
+    (home / "run.json").write_text(replace(record, status="failed").to_json())
+    data = bytearray(file.read_bytes())
+    middle = data.index(b"\n", len(data) // 2) + 1
+    if what == "gone":
+        file.unlink()
+    elif what == "one bit":
+        data[middle + 9] ^= 4
+        file.write_bytes(data)
+    else:
+        file.write_bytes(data[:middle] if what == "cut" else bytes(len(data)))
+    assert train(run).status == "done"
+    said = [line for line in capsys.readouterr().err.splitlines() if "metrics.jsonl" in line]
+    assert len(said) == 1
+    wanted = "is damaged and not used: line" if what == "one bit" else "its curve has a gap"
+    assert wanted in said[0]
+
+
+def test_a_whole_run_says_nothing_of_damage(done, capsys):
+    run, home = done
+    record = RunRecord.from_json((home / "run.json").read_bytes())
+    (home / "run.json").write_text(replace(record, status="failed").to_json())
+    with (home / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step":5,"spl')  # killed while it wrote
+    assert train(run).status == "done"
+    said = capsys.readouterr().err
+    assert "warning" not in said and "damaged" not in said
+
+
+def test_eval_and_export_name_a_damaged_record(done):
+    _, home = done
+    (home / "run.json").write_bytes(b"{")
+    with pytest.raises(StorageError, match="run.json is damaged"):
+        evaluate_run(str(home))

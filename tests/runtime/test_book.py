@@ -146,16 +146,6 @@ def test_a_second_signal_stops_at_once(a_run):
         solo(a_run(**ALONE), engine=engine)
 
 
-def test_a_broken_record_is_not_overwritten(a_run):
-    run = a_run(**ALONE)
-    path = Path(run.storage) / "r/run.json"
-    path.parent.mkdir()
-    path.write_text('{"name": ')
-    with pytest.raises(StorageError, match=r"run\.json"):
-        solo(run)
-    assert path.read_text() == '{"name": '
-
-
 def test_storage_that_cannot_be_written_is_exit_6(a_run, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError) as caught:

@@ -1,12 +1,18 @@
 """The driver's view of a sweep, without Ray: its ledger, what is best, what people see."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 
+from rayft.compose.folders import names
 from rayft.config.load import load
+from rayft.config.space import applied
 from rayft.core.errors import ConfigError
+from rayft.core.jsonl import Appender
 from rayft.core.ledger import read_ledger
+from rayft.core.record import RunRecord
 from rayft.core.storage import Storage
 from rayft.runtime.cluster import Node
 from rayft.runtime.room import reasons_alone, room_for
@@ -153,3 +159,138 @@ def test_room_on_a_cluster():
     )
     assert some and why and "int8" in why[0]
     assert reasons_alone(load(CONFIG, ["sweep.pack=off"])) == (False, ["sweep.pack is off"])
+
+
+# --- damage ---
+
+
+def trial_folder(book, name, lr, **facts):
+    """What a trial has left: its record, and a checkpoint where it was not stopped."""
+    run = applied(book.run, {"optim.lr": lr}, name=name, storage=book.home.child("trials").uri)
+    record = RunRecord(name, "running", run.resolved(), run.digest(), base={"eval_loss": 6.0})
+    home = book.home.child("trials", name)
+    home.write_text("run.json", replace(record, **facts).to_json())
+    if facts.get("status") != "interrupted":
+        home.write_text("checkpoints/step-20-100001xa/COMMIT.json", "{}")
+
+
+def hit(home, line):
+    """Flip a bit in a line of the ledger (from 1)."""
+    lines = home.read_bytes("trials.jsonl").splitlines(keepends=True)
+    middle = len(lines[line - 1]) // 2
+    lines[line - 1] = lines[line - 1][:middle] + b"\x01" + lines[line - 1][middle + 1 :]
+    home.write_bytes("trials.jsonl", b"".join(lines))
+
+
+def again(book):
+    """The next start of the same sweep."""
+    book.interrupted = True
+    book.close()
+    made = SweepBook(book.home, book.run)
+    made.begin()
+    return made
+
+
+ENDS = {
+    "done": {"status": "done", "steps": 20, "eval": {"eval_loss": 3.5}, "tokens": 7},
+    "diverged": {"status": "diverged", "steps": 12, "error": "loss nan"},
+    "stopped": {"status": "interrupted", "steps": 10},
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_finished_trial_whose_last_line_is_damaged_stays_finished(end, book):
+    book.started("t0001", {"optim.lr": 1e-3})
+    book.told("t0001", {"optim.lr": 1e-3}, result(10, 4.0))
+    standing = {"done": "done", "diverged": "diverged", "stopped": "running"}[end]
+    book.ended("t0001", {"optim.lr": 1e-3}, result(ENDS[end]["steps"], 3.5, standing))
+    assert book.book.trials["t0001"].status == end
+    trial_folder(book, "t0001", 1e-3, **ENDS[end])
+    hit(book.home, 4)
+    assert read_ledger(book.home).trials["t0001"].status == "running"
+    made = again(book)
+    assert "1 line of" in made.news[0] and "line 4 (t0001)" in made.news[0]
+    assert made.news[1] == f"t0001 was {end}: from its folder, not the ledger"
+    trial = read_ledger(book.home).trials["t0001"]
+    assert trial.status == end and trial.step == ENDS[end]["steps"]
+    if end == "done":
+        assert trial.best("eval_loss").metrics["eval_loss"] == 3.5
+    made.close()
+
+
+def test_an_unfinished_trial_goes_on_and_nothing_is_made_up(book):
+    book.started("t0001", {"optim.lr": 1e-3})
+    book.told("t0001", {"optim.lr": 1e-3}, result(10, 4.0))
+    trial_folder(book, "t0001", 1e-3)
+    hit(book.home, 3)
+    made = again(book)
+    assert len(made.news) == 1 and "line 3" in made.news[0]
+    trial = made.book.trials["t0001"]
+    assert trial.status == "running" and trial.params == {"optim.lr": 1e-3} and not trial.reports
+    made.close()
+
+
+@pytest.mark.parametrize("how", ["damaged", "gone"])
+def test_a_trial_that_the_ledger_forgot_keeps_its_parameters(how, book):
+    """Its name must not be given to other ones: they would continue its checkpoints."""
+    book.started("t0001", {"optim.lr": 1e-3})
+    trial_folder(book, "t0001", 1e-3)
+    trial_folder(book, "t0002", 1e-2)
+    book.home.write_text("trials/t0002/run.json", "{")  # nobody knows what this one was
+    if how == "gone":
+        book.close()
+        book.home.delete("trials.jsonl")
+    else:
+        hit(book.home, 2)
+    made = again(book)
+    assert made.book.trials["t0001"].params == {"optim.lr": 1e-3}
+    assert set(made.book.trials) == {"t0001"}
+    assert names(book.home.child("trials/t0001")) == ["step-20-100001xa"]
+    assert names(book.home.child("trials/t0002")) == []
+    made.close()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"name": 3}', None])
+def test_sweep_json_is_made_anew_from_the_ledger(damage, book, tmp_path):
+    book.write(data_hash="d" * 16)
+    book = again(book)
+    book.started("t0001", {"optim.lr": 1e-3})
+    book.ended("t0001", {"optim.lr": 1e-3}, result(20, 4.0, "done"))
+    book.close()
+    if damage is None:
+        book.home.delete("sweep.json")
+    else:
+        book.home.write_bytes("sweep.json", damage)
+    made = SweepBook(book.home, book.run)
+    assert (made.record.starts, made.record.data_hash) == (2, "d" * 16)
+    assert made.record.status == "interrupted" and len(made.news) == 1
+    assert "sweep.json is" in made.news[0] and "made anew from the ledger" in made.news[0]
+    assert book.home.exists("sweep.json.damaged") == (damage is not None)
+    with pytest.raises(ConfigError, match="exists with another config"):
+        SweepBook(book.home, run_in(tmp_path, "optim.weight_decay=0.1"))
+    made.begin()
+    assert made.record.starts == 3 and made.summary()["metric"] == 4.0
+    made.close()
+
+
+def test_a_new_start_of_an_old_sweep_is_numbered_behind_its_checkpoints(book):
+    """A ledger without lines of starts: a lower number would be refused as an older attempt."""
+    book.started("t0001", {"optim.lr": 1e-3})
+    book.close()
+    trial_folder(book, "t0001", 1e-3)
+    book.home.write_text("trials/t0001/checkpoints/step-30-700004xb/COMMIT.json", "{}")
+    row = json.loads(book.home.read_bytes("trials.jsonl").splitlines()[1])
+    bare = {key: row[key] for key in row if key not in ("line", "crc")}
+    book.home.write_text("trials.jsonl", json.dumps(bare) + "\n")
+    book.home.delete("sweep.json")
+    assert SweepBook(book.home, book.run).record.starts == 7
+
+
+def test_the_base_is_found_without_the_winners_record(book):
+    book.started("t0001", {"optim.lr": 1e-3})
+    book.ended("t0001", {"optim.lr": 1e-3}, result(20, 4.0, "done"))
+    home = book.home.child("trials/t0001")
+    home.write_text("run.json", "{")
+    with Appender(home, "metrics.jsonl") as log:
+        log.append({"step": 0, "split": "eval", "loss": 6.0, "eval_loss": 6.0, "seconds": 1.0})
+    assert book.base() == {"eval_loss": 6.0}
