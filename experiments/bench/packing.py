@@ -45,7 +45,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rayft.compose.job import Job
 from rayft.config.run import Run
 from rayft.core.storage import Storage
-from rayft.data.table import TokenTable, from_documents, save
+from rayft.data.cache import save
+from rayft.data.table import TokenTable, from_documents
 from rayft.trials.pack import Pack
 from rayft.trials.simulate import asha_lengths, simulate
 
@@ -120,7 +121,11 @@ class Lab:
         self.folder = model(args, folder / "model")
         self.table = table(args)
         self.cache = Storage.open(str(folder / "cache"))
-        save(self.table, {"fingerprint": {}}, self.cache.child(self.table.digest))
+        save(
+            self.table,
+            {"hash": self.table.digest, "fingerprint": {}},
+            self.cache.child(self.table.digest),
+        )
         self.made = 0
 
     def _run(self, rank: int, rows: int) -> Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,8 @@ from rayft.config.run import ModelSpec, Run
 from rayft.core.address import below
 from rayft.core.errors import DataError
 from rayft.core.storage import Storage
-from rayft.data.table import META, TokenTable, load
+from rayft.data.cache import DamagedCache, load, read_meta
+from rayft.data.table import TokenTable
 from rayft.data.tokenise import prepare
 from rayft.data.work import Recipe, Shard, task_names, tokenise_shard
 from rayft.models.tokenizer import load_tokenizer
@@ -65,17 +65,21 @@ def open_corpus(run: Run, uri: str, hashes: str) -> Corpus:
     """What `prepare_data` left in the cache `uri`.
 
     Raises:
-        DataError: it is not there any more.
+        DataError: it is not there any more, or damaged.
     """
     cache, digests = Storage.open(uri), hashes.split(SEPARATOR)
     tasks = task_names(run.data)
     tables = []
     for sources, digest in zip((run.data.train, run.data.eval), digests, strict=False):
         names = [source.path for source in sources]
-        table = load(cache.child(digest), names, digest, [tasks.index(s.task) for s in sources])
+        try:
+            entry, of = cache.child(digest), [tasks.index(source.task) for source in sources]
+            table, why = load(entry, names, digest, of), "is gone"
+        except DamagedCache as error:
+            table, why = None, f"is damaged ({error})"
         if table is None:
             raise DataError(
-                f"the tokenised data {digest} is gone from {cache.shown()}",
+                f"the tokenised data {digest} in {cache.shown()} {why}",
                 fix="run the same command again; it is made anew",
             )
         tables.append(table)
@@ -104,9 +108,13 @@ def what_changed(uri: str, before: str, now: str) -> list[str]:
 
 def _facts(cache: Storage, digest: str) -> dict[str, str]:
     """The fingerprint behind one digest, flat; {} when the cache has lost it."""
-    if not digest or not cache.exists(f"{digest}/{META}"):
+    try:
+        meta = read_meta(cache.child(digest)) if digest else None
+    except DamagedCache:
+        meta = None
+    if meta is None:
         return {}
-    prints = json.loads(cache.read_bytes(f"{digest}/{META}"))["fingerprint"]
+    prints = meta["fingerprint"]
     facts = {f"recipe {key}": str(value) for key, value in prints["recipe"].items()}
     facts["tokenizer"] = prints["tokenizer"][:12]
     for source in prints["sources"]:

@@ -3,8 +3,8 @@
     {"step":20,"split":"eval","loss":3.91,"line":41,"crc":"9ae0daaf"}
 
 `line` counts from 1 over all parts of a log, so that lines which are gone are missed too; `crc` is
-over the bytes before it. Both stay plain JSON for jq and pandas. A crc32 finds every single damaged
-bit, every burst up to 32 bits, and lets one in 4e9 of larger damages pass.
+over the bytes before it. Both stay plain JSON for jq and pandas. No single bit and no burst of up
+to 32 escapes a crc32, and of larger damages one in 4e9.
 """
 
 from __future__ import annotations

@@ -1,30 +1,19 @@
 """TokenTable: all documents of a split, flat, and what was counted while they were made.
 
-On storage it is a folder: `tokens-<id>.arrow` (Arrow IPC file, one record batch: source int32, row
-int64, ids large_list<int32>, mask large_list<uint8>), `bad_rows.jsonl`, and `meta.json`, which is
-written last, names the file and makes the folder valid. Local files are memory-mapped, so all
-processes of a machine share one copy; a file is never written again, so that two runs that make the
-same table at the same time cannot pull it from under each other.
+How it lies on storage: `cache.py`.
 
 Legend: D documents, N tokens of all documents.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import IO, Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
-
-from rayft.core.storage import Storage
-
-META, BAD_ROWS = "meta.json", "bad_rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -177,98 +166,3 @@ def joined(tables: Sequence[TokenTable], rows: Sequence[int]) -> TokenTable:
         ),
         bad=tuple(bad),
     )
-
-
-# --- on storage ---
-
-
-class _Sink(io.RawIOBase):
-    """A storage file with all that pyarrow asks of a Python file."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._file.write(data)
-        return len(memoryview(data))
-
-
-def save(table: TokenTable, meta: Mapping[str, Any], storage: Storage) -> None:
-    """Write the table into the folder `storage`; meta.json, written last, declares it valid.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    offsets = pa.array(table.offsets)
-    batch = pa.record_batch(
-        {
-            "source": pa.array(table.source),
-            "row": pa.array(table.row),
-            "ids": pa.LargeListArray.from_arrays(offsets, pa.array(table.ids)),
-            "mask": pa.LargeListArray.from_arrays(offsets, pa.array(table.mask.view(np.uint8))),
-        }
-    )
-
-    name = f"tokens-{uuid.uuid4().hex[:8]}.arrow"
-
-    def write() -> None:
-        with (
-            storage.open_output(name) as file,
-            pa.ipc.new_file(_Sink(file), batch.schema) as writer,
-        ):
-            writer.write_batch(batch)
-
-    storage.attempt("write", name, write)
-    storage.write_bytes(BAD_ROWS, table.bad_rows_jsonl())
-    counts = [asdict(count) for count in table.counts]
-    size = {"documents": table.documents, "tokens": len(table.ids)}
-    facts = {**meta, "file": name, **size, "counts": counts}
-    storage.write_text(META, json.dumps(facts, indent=1) + "\n")
-
-
-def load(
-    storage: Storage, sources: Sequence[str], digest: str, tasks: Sequence[int]
-) -> TokenTable | None:
-    """The table in the folder `storage`; None when there is none, or not a whole one.
-
-    `tasks[i]` is the task of source i: tags and weights are no part of what is cached.
-    """
-    if not storage.exists(META):
-        return None
-    meta = json.loads(storage.read_bytes(META))
-    batch = _batch(storage, meta["file"])
-    if batch is None or batch.num_rows != meta["documents"] or not storage.exists(BAD_ROWS):
-        return None
-    ids, mask, source = batch.column("ids"), batch.column("mask"), batch.column("source").to_numpy()
-    lines = storage.read_bytes(BAD_ROWS).splitlines()
-    return TokenTable(
-        ids=ids.values.to_numpy(),
-        mask=mask.values.to_numpy().view(np.bool_),
-        offsets=ids.offsets.to_numpy(),
-        source=source,
-        row=batch.column("row").to_numpy(),
-        task=np.asarray(tasks, dtype=np.int32)[source],
-        sources=tuple(sources),
-        counts=tuple(_counts(item) for item in meta["counts"]),
-        bad=tuple(Bad(**json.loads(line)) for line in lines),
-        digest=digest,
-    )
-
-
-def _counts(raw: Mapping[str, int]) -> Counts:
-    return Counts(**{item.name: raw[item.name] for item in fields(Counts)})
-
-
-def _batch(storage: Storage, name: str) -> pa.RecordBatch | None:
-    """The one record batch: mapped where the file is local, read where it is not; None where it is
-    missing or torn."""
-    local = storage.local_path(name)
-    try:
-        if local is not None:
-            return pa.ipc.open_file(pa.memory_map(str(local))).get_batch(0)
-        return pa.ipc.open_file(pa.py_buffer(storage.read_bytes(name))).get_batch(0)
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return None

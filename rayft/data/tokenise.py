@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +18,7 @@ from rayft.config.data import DataSpec
 from rayft.config.objectives import ObjectiveSpec
 from rayft.core.errors import DataError
 from rayft.core.storage import Storage
-from rayft.data import table as tables
+from rayft.data.cache import DamagedCache, listing, load, save
 from rayft.data.sources import Source
 from rayft.data.table import TokenTable
 from rayft.data.work import (
@@ -46,6 +47,8 @@ __all__ = [
     "tokenise_shard",
 ]
 
+log = logging.getLogger(__name__)
+
 VERSION = 1  # raise it when the same rows would become other tokens
 _NAMED = 6  # bad rows that an error names
 
@@ -72,16 +75,29 @@ def prepare(
     tasks = [names.index(source.task) for source in sources]
     prints = fingerprint(sources, tokenizer, how)
     digest = data_hash(prints)
-    folder = cache.child(digest)
-    table = tables.load(folder, [source.name for source in sources], digest, tasks)
-    if table is None:
+    folder, called = cache.child(digest), [source.name for source in sources]
+    table = _cached(folder, called, digest, tasks)
+    if table is not None:
+        listed = listing(folder)
+    else:
         shards = split_work(sources, tokenizer, how)
         parts = run(shards, how) if run else (tokenise_shard(s, tokenizer, how) for s in shards)
-        made = merge([source.name for source in sources], shards, list(parts), digest)
-        tables.save(made, {"hash": digest, "fingerprint": prints}, folder)
+        made = merge(called, shards, list(parts), digest)
+        listed = save(made, {"hash": digest, "fingerprint": prints}, folder)
         table = made.with_tasks(tasks)
-    check_bad(table, data.bad_rows, listed=folder.shown(tables.BAD_ROWS))
+    check_bad(table, data.bad_rows, listed=listed)
     return table
+
+
+def _cached(
+    folder: Storage, sources: Sequence[str], digest: str, tasks: Sequence[int]
+) -> TokenTable | None:
+    """The table as it lies in the cache; None where it must be made, which a damaged one must."""
+    try:
+        return load(folder, sources, digest, tasks)
+    except DamagedCache as error:
+        log.warning("token cache %s cannot be used (%s): made anew", folder.shown(), error)
+        return None
 
 
 def check_bad(table: TokenTable, share: float, listed: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import rayft
+from rayft.compose.data import open_corpus, prepare_data, what_changed
 from rayft.config.data import DataSpec
+from rayft.config.load import load
 from rayft.config.objectives import LmSpec, SftSpec
 from rayft.core.errors import ConfigError, DataError
 from rayft.core.storage import Storage
@@ -122,17 +125,110 @@ def test_a_changed_byte_or_option_changes_the_hash(tokenizer, tmp_path, cache):
     assert len(hashes) == 6
 
 
-def test_a_torn_cache_is_made_anew(tokenizer, tmp_path, cache):
+def entry_of(cache, table):
+    """Its folder, and the name of each of its files."""
+    folder = cache.child(table.digest)
+    meta = json.loads(folder.read_bytes("meta.json"))
+    names = {kind: meta[f"{kind}_file"]["name"] for kind in ("tokens", "bad_rows")}
+    return folder, names | {"meta": "meta.json"}
+
+
+def flip(data, bit):
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+DAMAGE = {
+    "one bit": lambda data, draw: flip(data, draw.randrange(len(data) * 8)),
+    "truncated": lambda data, draw: data[: draw.randrange(len(data))],
+    "zeroed": lambda data, draw: bytes(len(data)),
+    "longer": lambda data, draw: data + b"\0",
+    "empty": lambda data, draw: b"",
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+@pytest.mark.parametrize("kind", ["tokens", "bad_rows", "meta"])
+def test_a_damaged_cache_is_made_anew_with_a_word(tokenizer, tmp_path, cache, what, kind, caplog):
+    draw = random.Random(f"{what} {kind}")
+    rows = [*GOOD[:40], {"prompt": "no answer", "completion": ""}]
+    data = spec(write(tmp_path / "a.jsonl", rows), bad_rows=1.0)
+    first = prepare(data, SftSpec(), tokenizer, cache)
+    for _ in range(12 if what == "one bit" else 1):
+        folder, names = entry_of(cache, first)
+        whole = folder.read_bytes(names[kind])
+        if DAMAGE[what] is None:
+            folder.delete(names[kind])
+        else:
+            folder.write_bytes(names[kind], DAMAGE[what](whole, draw))
+        caplog.clear()
+        made = []
+
+        def run(shards, how, made=made):
+            made.append(len(shards))
+            return [tokenise_shard(shard, tokenizer, how) for shard in shards]
+
+        same(first, prepare(data, SftSpec(), tokenizer, cache, run=run))
+        # A flip may hit white space of meta.json, and says nothing; meta.json gone is a new entry.
+        assert made or (what, kind) == ("one bit", "meta")
+        told = names[kind] in caplog.text and "made anew" in caplog.text
+        assert told == (bool(made) and (what, kind) != ("gone", "meta"))
+        same(first, prepare(data, SftSpec(), tokenizer, cache, run=never))
+
+
+def test_whoever_opens_a_cache_checks_it(tokenizer, tmp_path):
+    """Ranks, packs and `rayft eval` go through open_corpus."""
+    path = write(tmp_path / "a.jsonl", GOOD)
+    base = {"name": "r", "model": "builtin:tiny", "data": {"train": path}, "train": {"steps": 1}}
+    run = load(base | {"storage": str(tmp_path)})
+    ready = prepare_data(run, lambda function, items: [function(item) for item in items])
+    whole = open_corpus(run, ready.uri, ready.hash).train
+    folder, names = entry_of(Storage.open(ready.uri), whole)
+    for name in names.values():
+        data = folder.read_bytes(name)
+        folder.write_bytes(name, flip(data, 8 * (len(data) // 2)) if data else b"?")
+        with pytest.raises(DataError, match="is damaged") as caught:
+            open_corpus(run, ready.uri, ready.hash)
+        assert name in caught.value.what and "made anew" in caught.value.fix
+        folder.write_bytes(name, data)
+        same(whole, open_corpus(run, ready.uri, ready.hash).train)
+    folder.write_bytes("meta.json", b"{")
+    assert what_changed(ready.uri, whole.digest, "0" * 16) == []  # no reason to break off
+
+
+def test_an_entry_of_before_there_were_checksums_is_made_anew(tokenizer, tmp_path, cache, caplog):
     data = spec(write(tmp_path / "a.jsonl", GOOD))
     first = prepare(data, SftSpec(), tokenizer, cache)
-    folder = cache.child(first.digest)
-    name = json.loads(folder.read_bytes("meta.json"))["file"]
-    whole = folder.read_bytes(name)
-    folder.write_bytes(name, whole[: len(whole) // 2])
+    folder, names = entry_of(cache, first)
+    meta = {"hash": first.digest, "file": names["tokens"], "documents": first.documents}
+    folder.write_text("meta.json", json.dumps(meta))
     same(first, prepare(data, SftSpec(), tokenizer, cache))
-    assert len(folder.list()) == 4  # the torn file is left alone, the new one has its own name
-    folder.delete("meta.json")
-    same(first, prepare(data, SftSpec(), tokenizer, cache))
+    assert "without checksums" in caplog.text
+
+
+def test_builders_of_one_entry_do_not_collide(tokenizer, tmp_path, cache):
+    """Both are past the look into the cache, under different names of the same file."""
+    rows = [*GOOD[:40], {"prompt": "no answer", "completion": ""}]
+    one, other = (
+        spec(write(tmp_path / name, rows), bad_rows=1.0) for name in ("a.jsonl", "b.jsonl")
+    )
+    later = []
+
+    def run(shards, how):
+        if not later:
+            later.append(None)
+            later[0] = prepare(other, SftSpec(), tokenizer, cache)  # built while the other builds
+        return [tokenise_shard(shard, tokenizer, how) for shard in shards]
+
+    first = prepare(one, SftSpec(), tokenizer, cache, run=run)
+    assert first.ids.tolist() == later[0].ids.tolist()
+    names = [found.name.split("-")[0] for found in cache.child(first.digest).list()]
+    assert names == ["bad_rows", "bad_rows", "meta.json", "tokens", "tokens"]
+    found = prepare(other, SftSpec(), tokenizer, cache, run=never)
+    assert found.ids.tolist() == first.ids.tolist() and found.bad == first.bad
+    assert later[0].ids.tolist() == first.ids.tolist()  # still mapped, still its own
 
 
 @pytest.mark.parametrize("overflow", ["cut", "drop"])

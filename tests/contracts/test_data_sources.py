@@ -199,7 +199,15 @@ def test_s3(bucket):
         resolve(SourceSpec(path=f"{uri}/data/aa.jsonl{query}"))
 
 
-def test_s3_cache(bucket, tmp_path):
+def damage(entry: Storage) -> None:
+    """Flip a bit of its tokens."""
+    (name,) = (found.name for found in entry.list() if found.name.startswith("tokens-"))
+    data = bytearray(entry.read_bytes(name))
+    data[len(data) // 2] ^= 1
+    entry.write_bytes(name, bytes(data))
+
+
+def test_s3_cache(bucket, tmp_path, caplog):
     """A cache without local paths is written and read through streams, not mapped."""
     uri, query = bucket
     cache = Storage.open(f"{uri}/cache{query}")
@@ -207,8 +215,12 @@ def test_s3_cache(bucket, tmp_path):
     data = DataSpec(train=[{"path": f"{uri}/data{query}"}])
     first = prepare(data, SftSpec(), tokenizer, cache)
     names = [entry.name.split("-")[0] for entry in cache.child(first.digest).list()]
-    assert names == ["bad_rows.jsonl", "meta.json", "tokens"]
+    assert names == ["bad_rows", "meta.json", "tokens"]
     again = prepare(data, SftSpec(), tokenizer, cache, run=lambda shards, how: [])
+    damage(cache.child(first.digest))
+    with caplog.at_level("WARNING"):
+        assert prepare(data, SftSpec(), tokenizer, cache).ids.tolist() == first.ids.tolist()
+    assert "checksum does not match" in caplog.text
     assert again.documents == 300
     assert again.ids.tolist() == first.ids.tolist()
     assert again.mask.tolist() == first.mask.tolist()
