@@ -39,6 +39,7 @@ from rayft.core.storage import Storage
 log = logging.getLogger(__name__)
 
 REFUSED = 2  # saves in a row that fail for good before the run stops; the first one is a warning
+PATIENCE = 60.0  # seconds: what a rank may lose to storage that has to be asked again
 
 
 @dataclass
@@ -74,7 +75,8 @@ class CheckpointWriter:
         keep: newest commits to keep (at least 2), besides the best one.
         config: hash of the run's config, for COMMIT.json.
         parent: name of the commit this attempt started from.
-        deadline: seconds that rank 0 waits for the other ranks' manifests.
+        deadline: seconds that rank 0 waits for the other ranks' manifests; default: PATIENCE and
+            ten times what its own part took, which is as large and goes to the same storage.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class CheckpointWriter:
         *,
         config: str = "",
         parent: str | None = None,
-        deadline: float = 600.0,
+        deadline: float | None = None,
     ) -> None:
         self._run, self._rank, self._world, self._keep = run, rank, world, keep
         self._attempt, self._config, self._deadline = str(attempt), config, deadline
@@ -97,6 +99,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: RayftError | None = None
         self._unreported: RayftError | None = None
+        self._took = 0.0  # seconds for this rank's part of the last save
         self._written = -1  # step whose shard and manifest are on storage
         self._committed = -1
         self._refused = 0  # saves in a row that storage refused for good
@@ -200,7 +203,7 @@ class CheckpointWriter:
         """Shard, then manifest."""
         if self._written == job.step:
             return
-        folder = self._folder(job)
+        folder, start = self._folder(job), time.perf_counter()
         folder.delete(failed_name(self._rank))  # of an earlier try
         done = write_shard(folder, shard_name(self._rank), self._staging)
         manifest = Manifest(
@@ -218,7 +221,7 @@ class CheckpointWriter:
         ).to_bytes()
         _hit(folder, "checkpoint.manifest")
         folder.write_bytes(manifest_name(self._rank), manifest)
-        self._written = job.step
+        self._written, self._took = job.step, time.perf_counter() - start
         self.stats.hash_seconds += done.hash_seconds
         self.stats.bytes += done.size
 
@@ -226,7 +229,8 @@ class CheckpointWriter:
         """Rank 0: wait for all manifests, check, declare the folder valid."""
         folder = self._folder(job)
         _hit(folder, "checkpoint.gather")
-        hashes = gather(folder, job.step, self._attempt, self._world, self._deadline)
+        wait = PATIENCE + 10 * self._took if self._deadline is None else self._deadline
+        hashes = gather(folder, job.step, self._attempt, self._world, wait)
         newer = [name for name in names(self._run) if self._is_newer(name)]
         if newer:
             raise StorageError(

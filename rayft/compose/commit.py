@@ -142,13 +142,19 @@ def gather(folder: Storage, step: int, attempt: str, world: int, deadline: float
         deadline: seconds to wait.
 
     Raises:
-        StorageError: a rank failed, is late, or its shard is incomplete.
+        StorageError: a rank failed, is late, or its shard is incomplete; at once where what this
+            rank has just written is gone.
     """
     end, pause = time.monotonic() + deadline, 0.02
     while True:
         sizes = {entry.name: entry.size for entry in folder.list()}
         failed = [rank for rank in range(world) if failed_name(rank) in sizes]
         missing = [rank for rank in range(world) if manifest_name(rank) not in sizes]
+        if manifest_name(0) not in sizes:  # whoever gathers is rank 0, and has written its own
+            raise StorageError(
+                f"checkpoint of step {step} was deleted while it was written",
+                where=folder.shown(),
+            )
         if failed:
             raise StorageError(f"rank {failed[0]} could not write its part of step {step}")
         if not missing:

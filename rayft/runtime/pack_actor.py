@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ import ray
 
 from rayft.compose.job import Job
 from rayft.core.address import redact
+from rayft.core.errors import StorageError
 from rayft.core.storage import Storage
 from rayft.runtime.driver_context import DriverContext
 from rayft.trials.types import Told
@@ -52,7 +54,7 @@ class PackHost:
         self._told: dict[str, asyncio.Queue[Told]] = {}
         self._ended: dict[str, Told] = {}
         self._broken: str | None = None
-        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future]] = (
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]]] = (
             queue.SimpleQueue()
         )
         self._cpus, self._gpus = cpus, gpus
@@ -93,17 +95,28 @@ class PackHost:
         return told
 
     async def leave(self, trial: str, keep: bool) -> None:
-        """Free the slot; nothing when the trial has left already."""
-        await self._ask(lambda: self._leave(trial, keep))
-        # After all it has said: nobody may wait for a trial that says nothing more.
-        self._deliver([Told(trial, 0, {}, "failed", "it was told to leave")])
+        """Free the slot; nothing when the trial has left already. Nothing in its folder is written
+        any more on return."""
+        try:
+            gone = await self._ask(lambda: self._leave(trial, keep))
+            if gone is not None:
+                await asyncio.wrap_future(gone)
+        finally:
+            # After all it has said: nobody may wait for a trial that says nothing more.
+            self._deliver([Told(trial, 0, {}, "failed", "it was told to leave")])
 
     async def move(self, trial: str) -> bool:
         """Commit a trial and let it out, for another pack; whether it was still in."""
-        moved = await self._ask(lambda: self._move(trial))
-        if moved:
+        gone = await self._ask(lambda: self._move(trial))
+        if gone is None:
+            return False
+        try:
+            await asyncio.wrap_future(gone)
+        except StorageError as error:
+            self._deliver([Told(trial, 0, {}, "lost", str(error))])
+        else:
             self._deliver([Told(trial, 0, {}, "moved")])
-        return moved
+        return True
 
     async def save(self, trial: str) -> str:
         """Commit a trial's present state; the address of its checkpoint folder."""
@@ -221,20 +234,17 @@ class PackHost:
         try:
             told = retold(Storage.open(job.config["storage"]).child(name), heard, step)
         except BaseException:
-            self._leave(name, keep=True)
+            self._leave(name, keep=True).result()
             raise
         self._loop.call_soon_threadsafe(self._deliver, told)
 
-    def _leave(self, trial: str, keep: bool) -> None:
-        if self._pack and trial in self._pack.trials:
-            self._pack.leave(trial, keep=keep)
-
-    def _move(self, trial: str) -> bool:
+    def _leave(self, trial: str, keep: bool) -> Future[None] | None:
         inside = self._pack is not None and trial in self._pack.trials
-        if inside:
-            self._pack.commit(trial)
-            self._pack.leave(trial, keep=True)
-        return inside
+        return self._pack.leave(trial, keep=keep) if inside else None
+
+    def _move(self, trial: str) -> Future[None] | None:
+        inside = self._pack is not None and trial in self._pack.trials
+        return self._pack.move(trial) if inside else None
 
     def _close(self) -> None:
         if self._pack is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ class Pack:
                 joining.weighed(self._room, self._model, slot, claim, others)
                 joining.begin(slot, source, self.base)
             except BaseException:
-                slot.let_go()
+                slot.let_go().result()
                 raise
         except BaseException:
             self._model.shelves.drop(row)
@@ -175,14 +176,21 @@ class Pack:
         shared = (self._corpus, self._built, self._held_out.batches, self._optimizer, self._facts)
         return joining.make_slot(job, run, start, row, *shared)
 
-    def leave(self, trial: str, *, keep: bool) -> None:
+    def leave(self, trial: str, *, keep: bool) -> Future[None]:
         """Free the slot at once. `keep`: its best state is committed and stays, else its
         checkpoints go; metrics.jsonl and run.json stay.
 
-        Raises:
-            StorageError: the files could not be written; the slot is free all the same.
+        Returns:
+            Done when nothing in its folder is written or deleted any more; the others train on
+            meanwhile. A StorageError where the files could not be written.
         """
-        self._drop(self._slots[trial], "interrupted", keep, None)
+        return self._drop(self._slots[trial], "interrupted", keep, None)
+
+    def move(self, trial: str) -> Future[None]:
+        """`leave`, with its present state committed: it goes on in another pack."""
+        slot = self._slots[trial]
+        slot.lane.write(slot.hold(best=False))
+        return self._drop(slot, "interrupted", True, None)
 
     def commit(self, trial: str) -> str:
         """Its present state, durable on return; the address of the checkpoint folder.
@@ -198,19 +206,21 @@ class Pack:
 
     def close(self) -> None:
         """Commit everyone who is still in, then let go."""
-        for slot in self._slots.values():
-            slot.lane.write(slot.hold(best=False))
-        for slot in list(self._slots.values()):
-            self._drop(slot, "interrupted", True, None)
+        gone = [self.move(trial) for trial in self.trials]
+        wait(gone)
+        for one in gone:
+            one.result()
 
-    def _drop(self, slot: Slot, status: Status, keep: bool, error: RayftError | None) -> None:
+    def _drop(
+        self, slot: Slot, status: Status, keep: bool, error: RayftError | None
+    ) -> Future[None]:
         held = slot.last() if keep else None
         del self._slots[slot.trial]
         self._model.shelves.drop(slot.row)
         if isinstance(error, StorageError):
-            slot.let_go()  # what is in its folder stays; nothing can be written there
-        else:  # a failed trial's commits stay, and no state that trained wrongly joins them
-            slot.end(status, held, keep=keep or status == "failed", error=str(error or ""))
+            return slot.let_go()  # what is in its folder stays; nothing can be written there
+        # a failed trial's commits stay, and no state that trained wrongly joins them
+        return slot.end(status, held, keep=keep or status == "failed", error=str(error or ""))
 
     def stats(self) -> dict[str, float]:
         """What Meter has, slots, and memory (bytes)."""
@@ -255,7 +265,10 @@ class Pack:
         if slot in broken:
             standing = "diverged" if isinstance(broken[slot], DivergedError) else "failed"
         with apart(slot, broken):
-            self._drop(slot, standing, standing == "done", broken.get(slot))
+            error = broken.get(slot)
+            gone = self._drop(slot, standing, standing == "done", error)
+            if not isinstance(error, StorageError):
+                gone.result()
         if standing == "done" and slot in broken:
             standing = "failed"
         return Told(slot.trial, slot.step, metrics, standing, str(broken.get(slot, "")))

@@ -4,6 +4,7 @@ due, and every write happens in the trial's own thread, in order."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,7 @@ class Lane:
         self._best: Held | None = None
         self._last: Future[None] | None = None
         self._since = time.monotonic()
+        self._forgotten = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trial-commits")
 
     @property
@@ -67,11 +69,19 @@ class Lane:
         if self._last is not None:
             self._last.result()
 
-    def close(self) -> None:
-        """No more writes; what was begun is finished."""
-        self._best = None
-        self._thread.shutdown()
+    def forget(self) -> None:
+        """What waits is not written any more; a write under way goes on."""
+        self._best, self._forgotten = None, True
+
+    def close(self, last: Callable[[], None]) -> Future[None]:
+        """No more writes: behind those that wait `last` runs, in their thread. Whoever steps the
+        others need not wait for this one's storage."""
+        future = self._thread.submit(last)
+        self._thread.shutdown(wait=False)
+        return future
 
     def _write(self, held: Held) -> None:
+        if self._forgotten:
+            return
         self._writer.save(held.step, held.shard, held.extra, best=held.best)
         self._writer.wait()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -243,28 +244,36 @@ class Slot:
         best."""
         return self.hold(False) if self.session.progress.best is None else None
 
-    def end(self, status: Status, held: Held | None, *, keep: bool, error: str = "") -> None:
-        """Leave its files as a run that ended so, durable on return. `keep`: with commits of the
-        best state that waits and of `held`, else without checkpoints.
+    def end(
+        self, status: Status, held: Held | None, *, keep: bool, error: str = ""
+    ) -> Future[None]:
+        """Leave its files as a run that ended so. `keep`: with commits of the best state that waits
+        and of `held`, else without checkpoints.
 
-        Raises:
-            StorageError: they could not be written.
+        Returns:
+            Done when they are durable; a StorageError where they could not be written.
         """
+        if keep:
+            self.lane.write(held)
+        else:
+            self.lane.forget()
+        return self.lane.close(lambda: self._leave_files(status, keep, error))
+
+    def _leave_files(self, status: Status, keep: bool, error: str) -> None:
+        """In the thread of its commits, behind them."""
         try:
             if keep:
-                self.lane.write(held)
                 self.lane.settle()
             else:
-                self.lane.close()
                 forget(self.session.storage)
             self.write_record(status, error)
         finally:
-            self.let_go()
+            self.session.abandon()
 
-    def let_go(self) -> None:
-        """Write no more."""
-        self.lane.close()
-        self.session.abandon()
+    def let_go(self) -> Future[None]:
+        """Write no more; done when the write under way is."""
+        self.lane.forget()
+        return self.lane.close(self.session.abandon)
 
 
 def forget(storage: Storage) -> None:
