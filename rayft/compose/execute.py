@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rayft.compose.arithmetic import settled
 from rayft.compose.assemble import Parts, assemble
 from rayft.compose.data import open_corpus
 from rayft.compose.gradient_check import GradientCheck
@@ -34,7 +35,9 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
     """
     began = time.monotonic()
     hush()
-    run = Run.model_validate(job.config)
+    run, said = settled(Run.model_validate(job.config), device)
+    if said and rank == 0:
+        signals.progress({"kind": "warn", "step": 0, "text": said})
     storage = Storage.open(run.storage).child(run.name).existing()
     parts = assemble(run, open_corpus(run, job.data_dir, job.data_hash), device)
     session = Session(job, parts, storage, signals, began)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rayft.compose.answers import Measured, answer, ask, report
+from rayft.compose.arithmetic import settled
 from rayft.compose.assemble import Built, build, held_out, strategy_of
 from rayft.compose.commit import Commit
 from rayft.compose.data import SEPARATOR, open_corpus, prepare_data
@@ -90,6 +91,7 @@ def open_run(where: str) -> Opened:
     hush()
     run = Run.model_validate(record.config).model_copy(update={"strategy": DdpSpec()})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run, _ = settled(run, device)  # as training on this machine does
     return Opened(storage, record, run, build(run, device, strategy_of(run, device)), device)
 
 

@@ -49,10 +49,6 @@ def _eight_bit(run: Run) -> bool:
     return run.optim.kind != "adamw"
 
 
-def _arithmetic(run: Run) -> str:
-    return run.model.dtype if run.train.precision == "auto" else run.train.precision
-
-
 def _most_workers(run: Run) -> int:
     workers = run.scale.workers
     return workers[1] if isinstance(workers, tuple) else max(workers, 1)
@@ -115,7 +111,7 @@ RULES: tuple[Rule, ...] = (
         "model.quant",
     ),
     Rule(
-        lambda run: _flash(run) and _arithmetic(run) == "fp32",
+        lambda run: _flash(run) and run.arithmetic == "fp32",
         "flash_attention_2 computes in bf16 only; set model.dtype: bf16, or model.attention: sdpa",
         "model.attention",
     ),

@@ -96,7 +96,7 @@ class TrainSpec(Spec):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward pass; auto: model.dtype."""
+    """Arithmetic of the forward pass; auto: model.dtype, but fp32 on CPUs that are slow at bf16."""
     log_every: int = Field(1, ge=1, le=STEPS)
     """Steps between lines of metrics.jsonl."""
 
@@ -179,6 +179,11 @@ class Run(Spec):
                 raise ValueError(f"unknown preset {value!r}; presets: {', '.join(PRESETS)}")
             return PRESETS[value]
         return value
+
+    @property
+    def arithmetic(self) -> str:
+        """Of the forward pass, as the config has it: "fp32" or "bf16"."""
+        return self.model.dtype if self.train.precision == "auto" else self.train.precision
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON data, every default written out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rayft.compose.arithmetic import settled
 from rayft.compose.assemble import Built, Parts, steps_of, train_stream
 from rayft.compose.data import Corpus
 from rayft.compose.gradient_check import Movement
@@ -26,6 +28,16 @@ from rayft.trials.shelf import Row
 from rayft.trials.slots import Optimizer, Quiet, Slot, SlotEngine, SlotGenerators, record_of
 from rayft.trials.stepping import weigh
 from rayft.trials.types import NoRoom, Unshared
+
+log = logging.getLogger(__name__)
+
+
+def as_computed(run: Run, device: torch.device) -> Run:
+    """`run` with the base as this machine computes it; see compose.arithmetic."""
+    run, said = settled(run, device)
+    if said:
+        log.warning("%s", said)
+    return run
 
 
 def refuse(run: Run) -> None:

@@ -95,7 +95,7 @@ class Pack:
         self._meter.start_seconds = time.perf_counter() - began
 
     def _load(self) -> None:
-        run, tokenizer = self.run, load_tokenizer(self.run.model)
+        run, tokenizer = joining.as_computed(self.run, self.device), load_tokenizer(self.run.model)
         recomputes = run.train.gradient_checkpointing
         model = load_model(
             run.model, device=self.device, seed=run.seed, gradient_checkpointing=recomputes
@@ -104,7 +104,6 @@ class Pack:
         self._bytes = bytes_of(model)
         self._template = twin(model)
         start = fresh(self._template, run)
-        precision = run.model.dtype if run.train.precision == "auto" else run.train.precision
         objective = objectives.build(run.objective)
         self._model = PackedModel(
             model,
@@ -112,7 +111,7 @@ class Pack:
             objective,
             self.device,
             packing=run.data.packing,
-            autocast=precision == "bf16",
+            autocast=run.arithmetic == "bf16",
             recomputes=recomputes,
         )
         step = self._model.step

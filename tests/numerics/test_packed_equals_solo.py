@@ -38,7 +38,11 @@ BASES = {  # changes, steps, bound of the relative difference
     "nf4": (("model.quant=nf4",), 10, 1e-5),
     "recomputed": (("train.gradient_checkpointing=true",), 10, 1e-5),
     "targets": ((TARGETS,), 10, 1e-5),
-    "bf16": (("model.dtype=bf16",), 6, 5e-3),  # other batch shapes, other roundings
+    "bf16": (
+        ("model.dtype=bf16", "train.precision=bf16"),
+        6,
+        5e-3,
+    ),  # other batch shapes, other roundings
 }
 
 
