@@ -22,10 +22,11 @@ from rayft.core.errors import ConfigError, InfeasibleError
 from rayft.core.storage import Storage
 from rayft.trials.forward import PackedModel
 from rayft.trials.initial import Start
+from rayft.trials.records import record_of
 from rayft.trials.room import Claim, Room
 from rayft.trials.saving import Lane
 from rayft.trials.shelf import Row
-from rayft.trials.slots import Optimizer, Quiet, Slot, SlotEngine, SlotGenerators, record_of
+from rayft.trials.slots import Optimizer, Quiet, Slot, SlotEngine, SlotGenerators
 from rayft.trials.stepping import weigh
 from rayft.trials.types import NoRoom, Unshared
 

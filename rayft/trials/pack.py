@@ -19,7 +19,6 @@ from rayft.compose.assemble import Built, held_out
 from rayft.compose.data import open_corpus
 from rayft.compose.gradient_check import refuse_missing_backward
 from rayft.compose.job import Job
-from rayft.compose.loop import StepResult, check_finite
 from rayft.compose.manifest import FOLDER, folder_name
 from rayft.compose.session import peak_memory
 from rayft.config.run import Run
@@ -42,8 +41,8 @@ from rayft.trials.meter import Meter
 from rayft.trials.room import Room, bytes_of, everything
 from rayft.trials.scoring import HeldOut
 from rayft.trials.shelf import Row
-from rayft.trials.slots import Optimizer, Slot, apart
-from rayft.trials.stepping import Stepped, alone, optimize
+from rayft.trials.slots import Optimizer, Slot
+from rayft.trials.stepping import alone, apart, optimize
 from rayft.trials.types import NoRoom, Standing, Told
 
 
@@ -244,14 +243,14 @@ class Pack:
         broken: dict[Slot, RayftError] = {}
         for slot in slots:
             with apart(slot, broken):
-                self._note(slot, stepped[slot], seconds)
+                slot.note(stepped[slot], seconds)
         due = [s for s in slots if s not in broken and s.schedule.evaluates(s.step)]
         better = self._evaluate(due, broken)
         self._meter.charge(stepped, time.perf_counter() - began)
         for slot in slots:
             if slot not in broken:
                 with apart(slot, broken):
-                    self._save(slot, slot in better)
+                    slot.save(slot in better)
         share = peak_memory(self.device) / len(slots)
         over = [slot for slot in slots if slot in broken or slot.step == slot.schedule.total]
         told = [self._ended(slot, broken, slot.metrics(share)) for slot in over]
@@ -272,16 +271,6 @@ class Pack:
             standing = "failed"
         return Told(slot.trial, slot.step, metrics, standing, str(broken.get(slot, "")))
 
-    def _note(self, slot: Slot, stepped: Stepped, seconds: float) -> None:
-        slot.loss, step = stepped.loss, slot.step + 1
-        check_finite(step, stepped.loss, stepped.norm)
-        slot.check(step, stepped.tokens)
-        session = slot.session
-        session.progress.step = step
-        session.progress.tokens += stepped.tokens
-        lrs, tokens = session.parts.engine.lrs(), stepped.tokens
-        session.log(step, StepResult(slot.loss, stepped.norm, lrs, tokens, stepped.seen), seconds)
-
     def _evaluate(self, due: Sequence[Slot], broken: dict[Slot, RayftError]) -> set[Slot]:
         """Evaluate and log; those whose state is their best so far. A loss far above the base's
         goes to `broken`."""
@@ -301,12 +290,3 @@ class Pack:
                         fix="lower optim.lr or optim.clip",
                     )
         return better
-
-    def _save(self, slot: Slot, best: bool) -> None:
-        """Hold the best state; commit when a commit is due (at the end: `_drop`)."""
-        every = slot.run.train.save_every
-        asked = every is not None and slot.step % every == 0
-        if slot.step < slot.schedule.total and (asked or slot.lane.due):
-            slot.lane.write(slot.hold(best))
-        elif best:
-            slot.lane.keep(slot.hold(best=True))

@@ -5,38 +5,42 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rayft.compose.commit import names, remove
 from rayft.compose.gradient_check import Movement, no_gradient
-from rayft.compose.job import Job
-from rayft.compose.loop import Schedule
+from rayft.compose.loop import Schedule, StepResult, check_finite
 from rayft.compose.session import Session
 from rayft.compose.step import PREFIX
 from rayft.config.run import OptimSpec, Run
-from rayft.core.errors import DeadGradientError, DivergedError, RayftError, StorageError
 from rayft.core.protocols import Group
 from rayft.core.record import Best, RunRecord, Status
-from rayft.core.sealed import BadRecord
 from rayft.core.shards import PARAM, Shard, ShardReader, Slice
-from rayft.core.storage import Storage
 from rayft.strategies.optim import MOMENTS, adam_state, read_lrs, set_lrs
 from rayft.strategies.slices import STEP, check_shapes
 from rayft.trials.initial import Start
+from rayft.trials.records import RECORD, forget
 from rayft.trials.saving import Held, Lane
 from rayft.trials.shelf import Row
 
 log = logging.getLogger(__name__)
 
 Optimizer = Callable[[list[Group], OptimSpec], torch.optim.Optimizer]
-RECORD = "run.json"
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """One optimizer step of one trial."""
+
+    loss: float  # nats per counted unit, before the update
+    norm: float  # of the gradient, before clipping
+    tokens: int  # trained targets
+    seen: int  # all real tokens
 
 
 class Quiet:
@@ -186,20 +190,6 @@ class Slot:
         set_lrs(self.optimizer, self.session.parts.lrs(self.step + 1))
         self.optimizer.step()
 
-    def check(self, step: int, tokens: int) -> None:
-        """After an update: what compose.gradient_check holds a run to, in its first steps here.
-
-        Raises:
-            DeadGradientError: an adapter got no gradient, or a group stands still.
-        """
-        engine, self.starting = self.session.parts.engine, False
-        if self.unreached:
-            group_of = engine.group_of()
-            dead = engine.group_of(self.unreached)
-            raise no_gradient(dead, len(group_of), f"{self.trial}, step {step}")
-        if self.movement.looking:
-            self.movement.look(step, engine.lrs(), tokens, engine.params)
-
     def hold(self, best: bool) -> Held:
         """Its present state in host memory."""
         shard, extra = self.session.state(self.step)
@@ -224,6 +214,38 @@ class Slot:
             seconds=round(session.seconds(), 3),
         )
         session.storage.write_text(RECORD, self.record.to_json())
+
+    def note(self, stepped: Stepped, seconds: float) -> None:
+        """One more step is done: check, count and log it.
+
+        Raises:
+            DivergedError, DeadGradientError, StorageError: of this trial alone.
+        """
+        self.loss, step = stepped.loss, self.step + 1
+        check_finite(step, stepped.loss, stepped.norm)
+        self._check_gradients(step, stepped.tokens)
+        session = self.session
+        session.progress.step = step
+        session.progress.tokens += stepped.tokens
+        facts = (session.parts.engine.lrs(), stepped.tokens, stepped.seen)
+        session.log(step, StepResult(self.loss, stepped.norm, *facts), seconds)
+
+    def _check_gradients(self, step: int, tokens: int) -> None:
+        engine, self.starting = self.session.parts.engine, False
+        if self.unreached:
+            dead, total = engine.group_of(self.unreached), len(engine.group_of())
+            raise no_gradient(dead, total, f"{self.trial}, step {step}")
+        if self.movement.looking:
+            self.movement.look(step, engine.lrs(), tokens, engine.params)
+
+    def save(self, best: bool) -> None:
+        """Hold the best state; commit when a commit is due (at the end: `end`)."""
+        every = self.run.train.save_every
+        asked = every is not None and self.step % every == 0
+        if self.step < self.schedule.total and (asked or self.lane.due):
+            self.lane.write(self.hold(best))
+        elif best:
+            self.lane.keep(self.hold(best=True))
 
     def metrics(self, memory: float) -> dict[str, float]:
         """See trials.types.Told."""
@@ -274,40 +296,3 @@ class Slot:
         """Write no more; done when the write under way is."""
         self.lane.forget()
         return self.lane.close(self.session.abandon)
-
-
-def forget(storage: Storage) -> None:
-    """Delete every checkpoint of a run."""
-    for name in names(storage):
-        remove(storage, name)
-
-
-def record_of(storage: Storage, run: Run, job: Job, facts: Mapping[str, Any]) -> RunRecord:
-    """run.json as it stands, or the first one; the attempt counted."""
-    fresh = RunRecord(run.name, "running", run.resolved(), job.digest, seed=run.seed)
-    try:
-        fresh = RunRecord.from_json(storage.read_bytes(RECORD))
-    except FileNotFoundError:
-        pass
-    except BadRecord as error:  # its commits know the state; the rest is written again
-        log.warning("%s is made anew: %s", storage.shown(RECORD), error)
-    return replace(
-        fresh,
-        config=run.resolved(),
-        config_hash=job.digest,
-        data_hash=job.data_hash,
-        attempts=fresh.attempts + 1,
-        versions=facts.get("versions", fresh.versions),
-        hardware=facts.get("hardware", fresh.hardware),
-        data=facts.get("data", fresh.data),
-    )
-
-
-@contextmanager
-def apart(slot: Slot, broken: dict[Slot, RayftError]) -> Iterator[None]:
-    """One trial's loss, adapters or files must not end the others: what is wrong with it goes to
-    `broken`."""
-    try:
-        yield
-    except (DeadGradientError, DivergedError, StorageError) as error:
-        broken.setdefault(slot, error)

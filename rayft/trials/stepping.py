@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from rayft.compose.gradient_check import dead_graphs_named
 from rayft.core.batch import Batch
+from rayft.core.errors import DeadGradientError, DivergedError, RayftError, StorageError
 from rayft.core.reduce import counts
 from rayft.trials.forward import Guest, PackedModel
 from rayft.trials.room import Claim, Room
 from rayft.trials.shelf import Row
-from rayft.trials.slots import Slot
+from rayft.trials.slots import Slot, Stepped
 
 ALONE = 3  # timed steps of a trial by itself
 
 
-@dataclass(frozen=True)
-class Stepped:
-    """One optimizer step of one trial."""
-
-    loss: float  # nats per counted unit, before the update
-    norm: float  # of the gradient, before clipping
-    tokens: int  # trained targets
-    seen: int  # all real tokens
+@contextmanager
+def apart(slot: Slot, broken: dict[Slot, RayftError]) -> Iterator[None]:
+    """One trial's loss, adapters or files must not end the others: what is wrong with it goes to
+    `broken`."""
+    try:
+        yield
+    except (DeadGradientError, DivergedError, StorageError) as error:
+        broken.setdefault(slot, error)
 
 
 def optimize(model: PackedModel, slots: Sequence[Slot]) -> dict[Slot, Stepped]:
