@@ -21,8 +21,7 @@ from rayft.compose.loop import Hooks, Progress, Schedule, Stepper, train
 from rayft.compose.publish import EXPORT, choose_commit, publish
 from rayft.compose.session import Session, peak_memory
 from rayft.config.run import Run
-from rayft.core.record import Best, RunRecord
-from rayft.core.sealed import BadRecord
+from rayft.core.record import Best, RunRecord, stored
 from rayft.core.storage import Storage
 from rayft.models.quiet import hush
 
@@ -96,13 +95,10 @@ def _started(parts: Parts, progress: Progress) -> dict[str, Any]:
 
 def _record(job: Job, storage: Storage, parts: Parts, progress: Progress) -> RunRecord:
     """What the model card tells: the driver's record, with this attempt's results."""
-    try:
-        record = RunRecord.from_json(storage.read_bytes("run.json"))
-    except (FileNotFoundError, BadRecord):  # the driver writes it again when this is told
-        name, seed = parts.run.name, parts.run.seed
-        record = RunRecord(name, "running", job.config, job.digest, job.data_hash, seed)
+    run = parts.run  # its record may be damaged; the driver writes it again when this is told
+    first = RunRecord(run.name, "running", job.config, job.digest, job.data_hash, run.seed)
     return replace(
-        record,
+        stored(storage) or first,
         status="done",
         steps=progress.step,
         steps_total=parts.steps,

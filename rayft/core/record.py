@@ -6,6 +6,7 @@ the ledger (of a sweep) hold what is needed to make it anew.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -13,7 +14,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from rayft.core.sealed import BadRecord, seal, unseal
+from rayft.core.storage import Storage
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 Status = Literal["running", "done", "failed", "diverged", "interrupted"]
 
@@ -69,6 +72,17 @@ class RunRecord:
             BadRecord: it is damaged, or something else.
         """
         return _from_json(text, RunRecord)
+
+
+def stored(run: Storage) -> RunRecord | None:
+    """run.json of the run in this folder; None where it is gone, or damaged, which is logged."""
+    try:
+        return RunRecord.from_json(run.read_bytes("run.json"))
+    except FileNotFoundError:
+        return None
+    except BadRecord as error:
+        log.warning("%s is damaged: %s", run.shown("run.json"), error)
+        return None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import yaml
 
 from rayft.config.run import Run
 from rayft.config.space import applied
-from rayft.core.record import RunRecord
+from rayft.core.ledger import read_ledger
+from rayft.core.record import RunRecord, SweepRecord, stored
 from rayft.core.storage import Storage
 
 BEST = "best"
@@ -48,7 +49,7 @@ def copy_winner(home: str, trial: str) -> str:
 
     sweep = Storage.open(home)
     source, target = sweep.child("trials", trial), sweep.child(BEST)
-    record = RunRecord.from_json(source.read_text("run.json"))
+    record = stored(source) or _rebuilt(sweep, trial)
     commit = choose_commit(source, record)
     for old in ("checkpoints", "export", "metrics.jsonl"):
         target.delete(old)
@@ -63,6 +64,15 @@ def copy_winner(home: str, trial: str) -> str:
     config = record.config | {"name": BEST, "storage": sweep.uri}
     target.write_text("run.json", replace(record, name=BEST, config=config).to_json())
     return export_run(target.uri)
+
+
+def _rebuilt(sweep: Storage, trial: str) -> RunRecord:
+    """The record of a trial whose run.json is damaged, from its checkpoints."""
+    from rayft.compose.rebuild import rebuilt
+
+    run = Run.model_validate(SweepRecord.from_json(sweep.read_bytes("sweep.json")).config)
+    params, home = read_ledger(sweep).trials[trial].params, sweep.child("trials")
+    return rebuilt(home.child(trial), applied(run, params, name=trial, storage=home.uri))
 
 
 def refit(run: Run, home: Storage, best: dict[str, Any], again: str) -> RunRecord:

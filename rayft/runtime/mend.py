@@ -11,7 +11,7 @@ from rayft.config.run import Run
 from rayft.config.space import applied
 from rayft.core.errors import ConfigError
 from rayft.core.ledger import Book, Trial
-from rayft.core.record import RunRecord, SweepRecord
+from rayft.core.record import RunRecord, SweepRecord, stored
 from rayft.core.sealed import BadRecord
 from rayft.core.storage import Storage
 from rayft.report.facts import value_of
@@ -57,7 +57,7 @@ def _unknown(home: Storage, run: Run, name: str) -> Iterator[Found]:
     if "-s" in name:  # a repetition: its config follows from its name
         return
     folder = home.child(name)
-    record = _record(folder)
+    record = stored(folder)
     params = None if record is None else _params(run, record)
     if params is not None:
         trial = Trial(name, params, "running", 0, (), 0.0, 0.0)
@@ -69,7 +69,7 @@ def _unknown(home: Storage, run: Run, name: str) -> Iterator[Found]:
 
 def _known(folder: Storage, run: Run, trial: Trial) -> Iterator[Found]:
     """Of a trial that goes on for the ledger: its end, or the parameters that it went on with."""
-    ends, record = list(_end(folder, trial)), _record(folder)
+    ends, record = list(_end(folder, trial)), stored(folder)
     yield from ends
     params = None if ends or record is None else _params(run, record)
     if params is not None and params != trial.params:
@@ -88,7 +88,7 @@ def _params(run: Run, record: RunRecord) -> dict[str, Any] | None:
 
 def _end(folder: Storage, trial: Trial) -> Iterator[Found]:
     """How a trial ended, as its run.json says; nothing where it did not."""
-    record = _record(folder)
+    record = stored(folder)
     if record is None:
         return
     known = (trial.id, record.status, record.steps, trial.params)
@@ -101,13 +101,6 @@ def _end(folder: Storage, trial: Trial) -> Iterator[Found]:
     elif record.status == "interrupted" and trial.reports and not folder.list(FOLDER):
         # Only a trial that a scheduler stopped has left without its checkpoints.
         yield Found(trial.id, "stopped", trial.step, trial.params)
-
-
-def _record(folder: Storage) -> RunRecord | None:
-    try:
-        return RunRecord.from_json(folder.read_bytes("run.json"))
-    except (FileNotFoundError, BadRecord):
-        return None
 
 
 def earlier_sweep(home: Storage, run: Run, book: Book) -> tuple[SweepRecord, str]:

@@ -12,8 +12,8 @@ from typing import Any
 from rayft.config.run import Run
 from rayft.config.sweep import PbtSpec
 from rayft.core.ledger import LEDGER, Book, Ledger, Trial, fold, read_ledger
-from rayft.core.record import RunRecord
-from rayft.core.sealed import BadRecord, told
+from rayft.core.record import stored
+from rayft.core.sealed import told
 from rayft.core.series import base_of
 from rayft.core.storage import Storage
 from rayft.runtime.book import versions
@@ -240,10 +240,8 @@ class SweepBook:
         if best is None:
             return self.record.base
         home = self.home.child(TRIALS, best[0].id)
-        try:
-            return RunRecord.from_json(home.read_bytes("run.json")).base
-        except (FileNotFoundError, BadRecord):
-            return base_of(home)
+        record = stored(home)
+        return base_of(home) if record is None else record.base
 
 
 def metrics_of(result: dict[str, Any]) -> dict[str, float]:

@@ -76,10 +76,8 @@ def train(
 
             with Lease.held(home, lost) as lease:
                 book.home = home.existing()
-                if restart:
-                    book.restart()
-                else:
-                    book.reread()  # another driver may have ended while this one began
+                # Another driver may have ended while this one began.
+                (book.restart if restart else book.reread)()
                 if book.done:
                     return _done(book)
                 if book.record.attempts and not restart:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,11 +9,8 @@ from typing import Any
 from rayft.compose.commit import names, remove
 from rayft.compose.job import Job
 from rayft.config.run import Run
-from rayft.core.record import RunRecord
-from rayft.core.sealed import BadRecord
+from rayft.core.record import RunRecord, stored
 from rayft.core.storage import Storage
-
-log = logging.getLogger(__name__)
 
 RECORD = "run.json"
 
@@ -27,13 +23,8 @@ def forget(storage: Storage) -> None:
 
 def record_of(storage: Storage, run: Run, job: Job, facts: Mapping[str, Any]) -> RunRecord:
     """run.json as it stands, or the first one; the attempt counted."""
-    fresh = RunRecord(run.name, "running", run.resolved(), job.digest, seed=run.seed)
-    try:
-        fresh = RunRecord.from_json(storage.read_bytes(RECORD))
-    except FileNotFoundError:
-        pass
-    except BadRecord as error:  # its commits know the state; the rest is written again
-        log.warning("%s is made anew: %s", storage.shown(RECORD), error)
+    first = RunRecord(run.name, "running", run.resolved(), job.digest, seed=run.seed)
+    fresh = stored(storage) or first  # a damaged one: the commits know the trial's state
     return replace(
         fresh,
         config=run.resolved(),

@@ -7,8 +7,7 @@ say it again; so its host does, before anything new.
 
 from __future__ import annotations
 
-from rayft.core.record import RunRecord
-from rayft.core.sealed import BadRecord
+from rayft.core.record import stored
 from rayft.core.series import read_series
 from rayft.core.storage import Storage
 from rayft.trials.types import Told
@@ -31,9 +30,8 @@ def retold(home: Storage, after: int, upto: int) -> list[Told]:
     evaluated, trained = {}, {}
     for row in read_series(home):
         (evaluated if row.get("split") == "eval" else trained)[row["step"]] = row
-    try:
-        record = RunRecord.from_json(home.read_bytes("run.json"))
-    except (FileNotFoundError, BadRecord):  # whoever takes the trial makes it anew
+    record = stored(home)
+    if record is None:  # whoever takes the trial makes it anew
         return []
     facts = {"params_trainable": float(record.params_trainable)}
     if record.base:
