@@ -60,4 +60,6 @@ def settled(run: Run, device: torch.device) -> tuple[Run, str]:
         return run, f"{said}; model.dtype: fp32 with train.precision: auto would be faster"
     model = run.model.model_copy(update={"dtype": "fp32"})
     said += ": train.precision auto computes in fp32, with the base in fp32 (twice the memory)"
-    return run.model_copy(update={"model": model}), f"{said}; train.precision: bf16 insists"
+    return run.model_copy(
+        update={"model": model}
+    ), f"{said}; to insist on bf16: train.precision=bf16"
