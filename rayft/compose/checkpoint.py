@@ -232,8 +232,8 @@ class CheckpointWriter:
         wait = PATIENCE + 10 * self._took if self._deadline is None else self._deadline
         hashes = gather(folder, job.step, self._attempt, self._world, wait)
         newer = [name for name in names(self._run) if self._is_newer(name)]
-        if newer:
-            raise StorageError(
+        if newer:  # nothing of this attempt will be committed any more
+            raise PermanentStorageError(
                 f"{newer[0]} belongs to a newer attempt of this run; attempt {self._attempt} stops",
                 cause="the run was started again while this one was cut off",
             )

@@ -86,6 +86,13 @@ class Appender:
         finally:
             (self._thread.shutdown if self._file is None else self._file.close)()
 
+    def abandon(self) -> None:
+        """No more, and nothing of what is not on storage yet."""
+        if self._file is None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+        else:
+            self._file.close()
+
     def __enter__(self) -> Appender:
         return self
 

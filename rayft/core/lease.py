@@ -6,6 +6,9 @@ still for longer than `PATIENCE`, measured by this process's monotonic clock: cl
 are never compared. Storage offers no compare-and-swap, so a claim is written and read back: of
 several at once the last writer holds the lease, and everyone else sees its name there. Whoever is
 slower than the wait before reading back finds out at the next renewal, and is `lost`.
+
+A lease that was deleted or damaged proves nothing any more: another driver may have taken it for
+free. Its holder is lost as well, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from rayft.core.errors import InUseError, StorageError
-from rayft.core.storage import Storage
+from rayft.core.errors import InUseError, RayftError, StorageError
+from rayft.core.storage import Storage, folder_gone
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +66,10 @@ class Lease:
 
     def __init__(self, storage: Storage, holder: Holder, on_lost: Callable[[], None]) -> None:
         self._storage, self._holder, self._on_lost = storage, holder, on_lost
+        self._why: RayftError | None = None
+        self._looked = time.monotonic()
+        self._looking = threading.Lock()
         self._lost, self._ended = threading.Event(), threading.Event()
-        self._gone = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     @staticmethod
@@ -73,7 +78,7 @@ class Lease:
         """Hold the lease of the folder `storage` inside the block.
 
         Args:
-            on_lost: called once, from the renewing thread, when another driver has taken over.
+            on_lost: called once, from the thread that notices, when the lease is lost.
 
         Raises:
             InUseError: another driver has it; names its host and pid.
@@ -88,29 +93,55 @@ class Lease:
             lease._release()
 
     @property
-    def lost(self) -> bool:
-        """Another driver has taken over: stop, and write nothing more."""
-        return self._lost.is_set()
+    def id(self) -> str:
+        """Of this claim."""
+        return self._holder.id
 
     @property
-    def gone(self) -> bool:
-        """It is lost because the whole folder is: nobody has taken over anything."""
-        return self._gone.is_set()
+    def lost(self) -> bool:
+        """Another driver has taken over, or may have: stop, and write nothing more."""
+        return self._lost.is_set()
+
+    def check(self, now: bool = False) -> None:
+        """Return while this process holds the lease. To be asked before every write: a process that
+        stood still for long (suspended, out of memory) must not trust what it knew before.
+
+        Args:
+            now: look at the file in any case; else only where the last look is too old.
+
+        Raises:
+            InUseError: another driver has taken over.
+            RayftError: the lease was deleted or damaged.
+            StorageError: it cannot be read, or the whole folder is gone.
+        """
+        if not self.lost and (now or time.monotonic() - self._looked > 2 * RENEW):
+            self._look()
+        if self._why is not None:
+            raise self.error()
+
+    def error(self) -> RayftError:
+        """How it was lost."""
+        why = self._why
+        return type(why)(why.what, cause=why.cause, fix=why.fix)
+
+    def _look(self) -> None:
+        """Read the lease."""
+        with self._looking:
+            if self.lost or self._ended.is_set():
+                return
+            seen = _see(self._storage)
+            self._looked = time.monotonic()
+            if isinstance(seen, Holder) and seen.id == self._holder.id:
+                return
+            self._why = _why_lost(self._storage, seen)
+            self._lost.set()
+        self._on_lost()
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW):
             try:
-                now = _read(self._storage)
-                if self._ended.is_set():
-                    return
-                if now is None and not self._storage.exists():
-                    self._gone.set()
-                if now is None or now.id != self._holder.id:
-                    # Gone means that another driver has taken over and ended since.
-                    if not self.gone:
-                        log.warning("another driver took over: %s", _named(now))
-                    self._lost.set()
-                    self._on_lost()
+                self._look()
+                if self.lost or self._ended.is_set():
                     return
                 self._holder = replace(self._holder, counter=self._holder.counter + 1)
                 _write(self._storage, self._holder)
@@ -168,6 +199,33 @@ def _dead(storage: Storage, seen: Holder) -> bool:
     return True
 
 
+def superseded(storage: Storage, id: str) -> bool:
+    """Whether the lease names another holder than the claim `id`. Not where it cannot be read: that
+    is for the driver to judge.
+    """
+    try:
+        seen = _see(storage)
+    except StorageError:
+        return False
+    return isinstance(seen, Holder) and seen.id != id
+
+
+def _why_lost(storage: Storage, seen: Holder | str) -> RayftError:
+    """What its former holder tells: a successor, or what happened to the file."""
+    if isinstance(seen, Holder):
+        return InUseError(
+            f"another driver took over {storage.shown()}: {_named(seen)}",
+            fix="nothing: that one goes on",
+        )
+    if not storage.exists():
+        return folder_gone(storage)
+    return RayftError(
+        f"stopped: {storage.shown(LEASE)} {seen}",
+        cause="without it nobody can tell that this is the only driver",
+        fix="the same command goes on from the last checkpoints",
+    )
+
+
 def _taken(storage: Storage, now: Holder | None) -> InUseError:
     return InUseError(
         f"{storage.shown()} has another driver: {_named(now)}",
@@ -180,12 +238,19 @@ def _named(holder: Holder | None) -> str:
 
 
 def _read(storage: Storage) -> Holder | None:
+    """Whom the lease names; nobody to wait for where it is damaged, or of another version."""
+    seen = _see(storage)
+    return seen if isinstance(seen, Holder) else None
+
+
+def _see(storage: Storage) -> Holder | str:
+    """The holder, or what happened to the file."""
     try:
         return Holder(**json.loads(storage.read_text(LEASE)))
     except FileNotFoundError:
-        return None
-    except (ValueError, TypeError):  # of another version, or damaged: it names nobody to wait for
-        return None
+        return "was deleted"
+    except (ValueError, TypeError):
+        return "is damaged"
 
 
 def _write(storage: Storage, holder: Holder) -> None:

@@ -131,6 +131,10 @@ class Ledger:
         """No more lines."""
         self._out.close()
 
+    def abandon(self) -> None:
+        """No more lines, not even those that wait: another driver writes here."""
+        self._out.abandon()
+
 
 def read_ledger(storage: Storage) -> Book:
     """The ledger below `storage`; an empty one where there is none."""

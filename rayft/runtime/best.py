@@ -15,6 +15,8 @@ from rayft.config.space import applied
 from rayft.core.ledger import read_ledger
 from rayft.core.record import RunRecord, SweepRecord, stored
 from rayft.core.storage import Storage
+from rayft.runtime.book import Fence
+from rayft.runtime.interrupt import Interrupt
 
 BEST = "best"
 _HEAD = """\
@@ -75,10 +77,17 @@ def _rebuilt(sweep: Storage, trial: str) -> RunRecord:
     return rebuilt(home.child(trial), applied(run, params, name=trial, storage=home.uri))
 
 
-def refit(run: Run, home: Storage, best: dict[str, Any], again: str) -> RunRecord:
-    """Train the winner from the start for the config's own train.steps, in best/."""
-    from rayft.runtime.train import train
+def refit(
+    run: Run, home: Storage, best: dict[str, Any], again: str, interrupt: Interrupt, fence: Fence
+) -> RunRecord:
+    """Train the winner from the start for the config's own train.steps, in best/.
+
+    Args:
+        interrupt, fence: of the sweep.
+    """
+    from rayft.runtime.progress import view
+    from rayft.runtime.train import Seat, train
 
     searched = run.model_copy(update={"sweep": run.sweep.model_copy(update={"steps": None})})
     winner = applied(searched, best["params"], name=BEST, storage=home.uri)
-    return train(winner, again=again, insist=False)
+    return train(winner, again=again, seat=Seat(view(), interrupt, fence=fence, export=True))

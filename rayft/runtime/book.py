@@ -6,7 +6,7 @@ import platform
 import secrets
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,9 @@ from rayft.runtime.trackers import Trackers
 BAD_ROWS = "bad_rows.jsonl"
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
 
+Fence = Callable[[bool], None]
+"""Raises where another driver writes here, or may: core.lease.Lease.check."""
+
 
 class Book:
     """Keeps run.json true while a run goes on."""
@@ -57,7 +60,7 @@ class Book:
         self._before, self._began = self.record.seconds, time.monotonic()
         self._trackers: Trackers | None = None
         self._begun = False  # before it has, errors leave run.json as it is
-        self._ours = True  # until another driver takes over
+        self.fence: Fence = lambda now: None
 
     @property
     def done(self) -> bool:
@@ -91,10 +94,6 @@ class Book:
             f"beginning at step 0; {len(gone)} checkpoints are set aside, the rest is in {folder}"
         )
 
-    def hand_over(self) -> None:
-        """Another driver has taken over: nothing more is written."""
-        self._ours = False
-
     def begin(self, prepared: Prepared, hardware: dict[str, Any]) -> None:
         """Training is about to start; from here on run.json exists.
 
@@ -116,6 +115,7 @@ class Book:
         if self._earlier.damaged:
             self.home.write_bytes(f"{RECORD}.damaged", self._earlier.damaged)
         if prepared.bad_rows:
+            self.fence(False)
             self.home.write_bytes(BAD_ROWS, prepared.bad_rows)
         self._write(
             status="running",
@@ -179,6 +179,7 @@ class Book:
         name = f"errors/attempt-{self.record.attempts}.txt"
         text = f"{failure.where}\n{failure.kind}: {failure.message}\n\n{failure.trace}\n"
         try:
+            self.fence(False)
             self.home.write_text(name, text)
             place = self.home.shown(name)
         except StorageError:
@@ -232,8 +233,8 @@ class Book:
     def _write(self, **changes: Any) -> None:
         seconds = self._before + time.monotonic() - self._began
         self.record = replace(self.record, seconds=round(seconds, 3), **changes)
-        if self._ours:
-            self.home.write_text(RECORD, self.record.to_json())
+        self.fence(changes.get("status") == "done")
+        self.home.write_text(RECORD, self.record.to_json())
 
 
 def _counted(total: dict[str, int]) -> str:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
+import threading
+import time
 from typing import Any
 
 import ray
@@ -18,6 +21,7 @@ from rayft.compose.job import Job, Prepared
 from rayft.config.run import Run
 from rayft.config.space import applied
 from rayft.core.errors import RayftError
+from rayft.core.lease import superseded
 from rayft.core.storage import Storage
 from rayft.runtime.floor import ATTEMPTS, Floor, prepare_elsewhere
 from rayft.runtime.pack_actor import Opening
@@ -25,6 +29,7 @@ from rayft.runtime.packs import Pack, Packs
 from rayft.trials.plan import pack_key, why_alone
 from rayft.trials.types import NoRoom, Unshared
 
+GUARD = 5.0  # seconds between two looks at the lease
 DEATHS = 3  # of one trial's hosts before it is given up
 
 
@@ -46,6 +51,16 @@ class Desk:
         self._given = 0  # packs that went in favour of runs of their own
         self._news: list[str] = []  # lines for people
         self._stopping = False
+        self._gone: set[str] = set()  # trials that were told to leave for good
+        threading.Thread(target=self._guard, name="lease", daemon=True).start()
+
+    def _guard(self) -> None:
+        """A driver that stands still cannot stop what it has started. Once another one has the
+        sweep, this process ends, and all hosts with it: they are its own."""
+        home = Storage.open(self._floor.home)
+        while not superseded(home, self._floor.lease):
+            time.sleep(GUARD)
+        os._exit(1)
 
     async def open(self) -> list[Any]:
         """Start the processes of all packs; they load torch while the data is still prepared."""
@@ -81,7 +96,9 @@ class Desk:
         return await self._packed(trial, run, folder, heard)
 
     async def leave(self, trial: str, keep: bool) -> None:
-        """The trial is over, or moves: its place is free."""
+        """The trial is over: its place is free, and it gets no other one. Nothing of it is written
+        any more on return."""
+        self._gone.add(trial)
         await self._free(trial, keep=keep, told=True)
 
     async def lost(self, trial: str, why: str) -> None:
@@ -144,7 +161,9 @@ class Desk:
             first = len(pack.trials) == 1
             try:
                 await self._packs.open(pack, key, await self._opening(run))
-                await pack.host.join.remote(await self._job(run), source, heard)
+                job = await self._job(run)
+                await self._check(trial)
+                await pack.host.join.remote(job, source, heard)
                 return pack.host, f"{pack.name}.{self._floor.start}"
             except ray.exceptions.RayActorError:
                 await self.lost(trial, "its process died")
@@ -188,6 +207,7 @@ class Desk:
         host = OwnHost.options(name=f"{name}-{secrets.token_hex(2)}").remote(self._floor.driver)
         self._where[trial] = host
         prepared = await self._prepared(run)
+        await self._check(trial)
         limit = self._base.sweep.divergence
         await host.begin.remote(run.resolved(), prepared, source, limit, heard)
         return host
@@ -222,6 +242,12 @@ class Desk:
             ray.kill(host)
             self._own.release()
         await self._forget(trial)
+
+    async def _check(self, trial: str) -> None:
+        """Raises RayftError where the trial was told to leave while it waited for its place."""
+        if trial in self._gone:
+            await self._free(trial, keep=True, told=False)
+            raise RayftError("it was told to leave")
 
     async def _forget(self, trial: str) -> None:
         place = self._where.pop(trial, None)

@@ -26,6 +26,7 @@ class Floor:
     cpus: float  # of a pack
     gpus: float
     start: int  # number of this start of the sweep: part of attempt names
+    lease: str  # id of the driver's claim on the sweep
     driver: DriverContext
     environment: dict[str, str]
     dashboard: bool  # without one, runs of their own would hang

@@ -30,6 +30,7 @@ from rayft.runtime.spread import over_hosts, over_ray
 from rayft.runtime.sweepbook import SweepBook
 from rayft.runtime.sweepview import SweepView
 from rayft.runtime.types import Mapper
+from rayft.runtime.watch import Leaving
 
 CLOSE = 60.0  # seconds that hosts get to commit and go
 
@@ -40,6 +41,7 @@ class Ground:
 
     desk: Any
     at_once: int
+    leaving: Leaving
 
 
 @contextmanager
@@ -69,6 +71,7 @@ def ground(run: Run, book: SweepBook, view: SweepView, interrupt: Interrupt) -> 
             cpus=run.scale.cpus,
             gpus=room.gpus,
             start=book.record.starts + 1,
+            lease=book.lease.id,
             driver=DriverContext.here(),
             environment=passed_on() if address else {},
             dashboard=has_dashboard(),
@@ -78,6 +81,8 @@ def ground(run: Run, book: SweepBook, view: SweepView, interrupt: Interrupt) -> 
         name = f"rayft-{run.name}-desk-{os.getpid()}"
         # With the driver: a node that is lost must not take the sweep with it.
         desk = Desk.options(name=name, scheduling_strategy=here).remote(floor)
+        leaving = Leaving(desk)
+        book.left = leaving.done
         try:
             hosts = ray.get(desk.open.remote())
             prepared = data.on(hosts)
@@ -92,9 +97,13 @@ def ground(run: Run, book: SweepBook, view: SweepView, interrupt: Interrupt) -> 
             book.begin(data_hash=prepared.hash, data=prepared.stats, hardware=facts, error="")
             ray.get(desk.begin.remote(prepared))
             view.note(room.sentence)
-            yield Ground(desk, room.at_once)
+            yield Ground(desk, room.at_once, leaving)
         finally:
-            close(desk)
+            if book.fenced:
+                ray.kill(desk)  # the hosts are its own: they go with it, and commit nothing more
+            else:
+                close(desk)
+            leaving.close()
 
 
 def close(desk: Any) -> None:

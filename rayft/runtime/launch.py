@@ -135,14 +135,14 @@ def _follow(
     while fit.is_alive():
         fit.join(PERIOD)
         heard(control.drain())
-        if interrupt.asked and not told:
-            control.stop()
-            heard([{"kind": "warn", "text": "stopping after this step; once more to stop at once"}])
-            told = True
         if interrupt.forced:
             raise InterruptedRun(
                 "stopped at once, without a save", fix="the same command continues the run"
             )
+        if interrupt.asked and not told:
+            control.stop()
+            heard([{"kind": "warn", "text": "stopping after this step; once more to stop at once"}])
+            told = True
     step = heard(control.drain())
     if fit.error is not None:
         raise WorkerFailed(_failure(fit.error, step)) from fit.error

@@ -4,6 +4,7 @@ the report. The same command continues a sweep that was cut off."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -28,6 +29,7 @@ from rayft.runtime.replay import Replayed
 from rayft.runtime.schedule import scheduler
 from rayft.runtime.search import Fixed, Search
 from rayft.runtime.sweepbook import SweepBook
+from rayft.runtime.sweepend import goes_on, leave_report, nothing_found
 from rayft.runtime.sweepview import SweepView, sweep_view
 from rayft.runtime.tuning import WAITING, Phase
 from rayft.runtime.watch import Watch, state_of
@@ -44,7 +46,8 @@ def sweep(run: Run, *, again: str = "the same command") -> SweepRecord:
         ConfigError, DataError, InfeasibleError, StorageError: exit codes 2, 3, 4, 6.
         DivergedError: every trial diverged; the report is there all the same (5).
         InterruptedRun: stopped by a signal; the same command continues it (75).
-        RayftError: no trial came to an end.
+        InUseError: another driver has this sweep, or took it over.
+        RayftError: no trial came to an end; or the lease was deleted.
     """
     if run.sweep is None:
         raise ConfigError("this config has no sweep block", where="sweep", fix=_EXAMPLE)
@@ -52,10 +55,10 @@ def sweep(run: Run, *, again: str = "the same command") -> SweepRecord:
     view = sweep_view()
     home = Storage.open(run.storage).child(run.name)
     try:
-        with handling() as interrupt, Lease.held(home) as lease:
-            book = SweepBook(home, run)
+        with handling() as interrupt, Lease.held(home, interrupt.stop) as lease:
+            book = SweepBook(home, run, lease)
             try:
-                return _Sweep(run, book, view, interrupt, lease, again).go()
+                return _Sweep(run, book, view, interrupt, again).go()
             finally:
                 book.close()
     finally:
@@ -74,11 +77,10 @@ class _Sweep:
         book: SweepBook,
         view: SweepView,
         interrupt: Interrupt,
-        lease: Lease,
         again: str,
     ) -> None:
         self.run, self.book, self.view, self.again = run, book, view, again
-        self.interrupt, self.lease = interrupt, lease
+        self.interrupt = interrupt
         self.reason = ""  # why the search ended early
         self._looked = self._noted = 0.0
 
@@ -88,7 +90,7 @@ class _Sweep:
         """All phases."""
         book, shown = self.book, self.book.home.shown()
         known = book.book.trials.values()
-        if book.record.status == "done" and not self._missing():
+        if book.record.status == "done" and not goes_on(book):
             self.view.note(f"sweep {self.run.name} is done: {shown}/report.html")
             return book.record
         if known:
@@ -102,13 +104,6 @@ class _Sweep:
             raise
         return self._finish()
 
-    def _missing(self) -> bool:
-        """A done sweep may be asked for more trials, or for more seeds."""
-        searched = len(self.book.searched())
-        more = searched < self.run.sweep.count and self.book.record.stopped_by == "trials"
-        repeated = sum(bool(trial.origin) for trial in self.book.book.trials.values())
-        return more or repeated < self.run.sweep.seeds - 1
-
     def _phases(self, desk: Any) -> None:
         self._search(desk)
         self._seeds(desk)
@@ -116,6 +111,7 @@ class _Sweep:
         best, spec = self.book.summary(), self.run.sweep
         if best is None:
             return
+        self.book.fence(now=True)
         write_config(self.book.home, self.run, best, spec.metric)
         if spec.refit:
             close(desk)  # the packs leave the cluster to it
@@ -129,9 +125,11 @@ class _Sweep:
             self.book.stop(name)
         searcher = Search(self.run, self.book.book)
         left = self.run.sweep.count - sum(trial.over for trial in self.book.searched())
+        watch = self._watch(self._over)
         if left <= 0 or self._over():
+            if not self._asked():
+                watch.finish()
             return
-        watch = Watch(self.book, desk, self._over, self.ground.at_once)
         phase = Phase(
             self.run,
             desk,
@@ -168,7 +166,7 @@ class _Sweep:
             desk,
             searcher,
             FIFOScheduler(),
-            Watch(self.book, desk, lambda: self.interrupt.asked, self.ground.at_once),
+            self._watch(self._asked),
             name_of=searcher.name_of,
             count=len(wanted),
             most=len(wanted),
@@ -179,13 +177,21 @@ class _Sweep:
         """best/ from the winner's own checkpoint, in a process that has torch loaded already."""
         host = ray.get(desk.warm.remote())
         asked = (self.book.home.uri, best["trial"])
-        said = ray.get(host.call.remote(copy_winner, *asked)) if host else copy_winner(*asked)
+        self.book.fence(now=True)
+        if host is None:
+            said = copy_winner(*asked)
+        else:
+            copied = host.call.remote(copy_winner, *asked)
+            while not ray.wait([copied], timeout=PERIOD)[0]:
+                self.book.fence()  # whoever leaves here takes the host along
+            said = ray.get(copied)
         self.view.note(f"best: {said.splitlines()[0]}")
 
     def _refit(self, best: dict[str, Any]) -> None:
         """best/ trained again, for train.steps; the packs have left the cluster to it."""
         self.view.note(f"{best['trial']} again, for {self.run.train.steps} steps")
-        record = refit(self.run, self.book.home, best, self.again)
+        how = (self.again, self.interrupt, self.book.fence)
+        record = refit(self.run, self.book.home, best, *how)
         metric = record.eval.get(self.run.sweep.metric)
         self.book.write(refit={"metric": metric, "step": record.steps, "seconds": record.seconds})
 
@@ -196,10 +202,12 @@ class _Sweep:
 
         Raises:
             InterruptedRun: after a signal, once every trial is committed.
+            InUseError, RayftError: the lease is lost; at once.
         """
         phase.start()
         while phase.is_alive():
             phase.join(PERIOD)
+            self.book.fence()
             self._look(desk)
             if self.interrupt.asked and not self.book.interrupted:
                 self.book.interrupted = True  # trials that run now are not over
@@ -214,9 +222,15 @@ class _Sweep:
         if phase.error is not None:
             raise RayftError(f"Ray Tune failed: {phase.error}") from phase.error
 
+    def _watch(self, over: Callable[[], bool]) -> Watch:
+        return Watch(self.book, self.ground.leaving, over, self.ground.at_once)
+
+    def _asked(self) -> bool:
+        return self.interrupt.asked
+
     def _over(self) -> bool:
         """Whether the search must end now; keeps the reason."""
-        if self.interrupt.asked or self.lease.lost:
+        if self._asked():
             return True
         limit = self.run.sweep.max_seconds
         if limit is not None and self.book.seconds > limit:
@@ -247,55 +261,33 @@ class _Sweep:
         while self.book.news:
             self.view.note(self.book.news.pop(0))
 
-    # ---- the end
-
     def _finish(self) -> SweepRecord:
         book = self.book
         best = book.summary()
         if best is None:
-            error = self._nothing_found()
+            error = nothing_found(book, self.reason)
             book.write(status="diverged" if isinstance(error, DivergedError) else "failed")
-            self._report()
+            leave_report(book, self.view)
             raise error
         book.write(status="done", best=best, base=book.base())
-        self._report()
+        leave_report(book, self.view)
         return book.record
 
-    def _nothing_found(self) -> RayftError:
-        trials = self.book.searched()
-        where = f"{self.book.home.shown()}/report.html"
-        ended = [trial for trial in trials if trial.over]
-        if not trials or len(ended) < len(trials):
-            return RayftError(
-                f"{self.reason or 'something'} ended the sweep before any trial was evaluated",
-                where=where,
-                fix="raise sweep.max_seconds; the same command goes on with these trials",
-            )
-        if all(trial.status == "diverged" for trial in trials):
-            fix = "lower the rates in sweep.space"
-            return DivergedError(f"all {len(trials)} trials diverged", where=where, fix=fix)
-        cause = next((trial.error for trial in trials if trial.error), "")
-        what, fix = f"all {len(trials)} trials failed", "read the failures in the report"
-        return RayftError(what, where=where, cause=cause, fix=fix)
-
     def _broke(self, error: BaseException) -> None:
-        """sweep.json must say what happened; never hides the error itself."""
+        """sweep.json must say what happened; never hides the error itself.
+
+        Raises:
+            InUseError, RayftError: the lease is lost, whatever else came of it; nothing is written.
+        """
         self.book.interrupted = True
-        if self.book.record.starts == 0 or self.lease.lost:
+        if self.book.fenced:
+            self.book.fence()
+        if self.book.record.starts == 0:
             return
         status = "interrupted" if isinstance(error, InterruptedRun) else "failed"
         try:
             text = "" if status == "interrupted" else str(error)
             self.book.write(status=status, error=text, best=self.book.summary())
-            self._report()
+            leave_report(self.book, self.view)
         except StorageError as lost:
             self.view.note(f"warning: sweep.json still says running: {lost.what}")
-
-    def _report(self) -> None:
-        from rayft.report import write_report  # plotly: once, at the end
-        from rayft.report.facts import cost, read_facts
-
-        self.book.close()
-        self.book.write(cost=cost(read_facts(self.book.home)))
-        write_report(self.book.home)
-        self.view.note(f"report: {self.book.home.shown()}/report.html")

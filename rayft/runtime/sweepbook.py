@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from rayft.config.run import Run
 from rayft.config.sweep import PbtSpec
+from rayft.core.lease import Lease
 from rayft.core.ledger import LEDGER, Book, Ledger, Trial, fold, read_ledger
 from rayft.core.record import stored
 from rayft.core.sealed import told
@@ -26,9 +28,18 @@ _NOT_METRICS = ("step", "standing", "error_text", "score", "done", "donor", "tra
 
 class SweepBook:
     """Keeps sweep.json and trials.jsonl true while a sweep goes on. Thread-safe: Tune's thread
-    reports, the main thread shows."""
+    reports, the main thread shows.
 
-    def __init__(self, home: Storage, run: Run) -> None:
+    Args:
+        lease: of this driver; once it is lost nothing is written or deleted any more.
+
+    Attributes:
+        left: waits until a trial has left its host; whether it has.
+    """
+
+    def __init__(self, home: Storage, run: Run, lease: Lease | None = None) -> None:
+        self.lease = lease
+        self.left: Callable[[str], bool] = lambda trial: True
         self.home, self.run, self.spec = home, run, run.sweep
         self.book: Book = read_ledger(home)
         self.news: list[str] = []  # lines for people, taken by the view
@@ -71,17 +82,28 @@ class SweepBook:
 
     def write(self, **changes: Any) -> None:
         """Change sweep.json."""
+        self.fence(changes.get("status") in ("done", "running"))
         self.record = replace(self.record, seconds=round(self.seconds, 3), **changes)
         self.home.write_text(RECORD, self.record.to_json())
 
+    @property
+    def fenced(self) -> bool:
+        """The lease is lost."""
+        return self.lease is not None and self.lease.lost
+
+    def fence(self, now: bool = False) -> None:
+        """Raises where this driver may write no more: core.lease.Lease.check."""
+        if self.lease is not None:
+            self.lease.check(now)
+
     def close(self) -> None:
         """No more lines; whatever is to be deleted is gone."""
-        if not self.interrupted:
+        if not (self.interrupted or self.fenced):
             self._clear_losers(final=True)
         self._bin.shutdown(wait=True)
-        if self._ledger is not None:
-            self._ledger.close()
-            self._ledger = None
+        ledger, self._ledger = self._ledger, None
+        if ledger is not None:
+            (ledger.abandon if self.fenced else ledger.close)()
 
     # ---- tuning.Watcher: called from Tune's thread
 
@@ -150,6 +172,7 @@ class SweepBook:
     def pack(self, name: str, numbers: dict[str, float]) -> None:
         """A line on how full a pack is."""
         with self._lock:
+            self.fence()
             fold([self._ledger.pack(f"{name}.{self.record.starts}", numbers)], self.book)
 
     def _add(
@@ -161,6 +184,7 @@ class SweepBook:
         metrics: dict[str, float] | None = None,
         **facts: str,
     ) -> None:
+        self.fence()
         origin = self.origins.get(trial)
         facts |= {"origin": origin} if origin else {}
         fold([self._ledger.add(trial, status, step, params, metrics, **facts)], self.book)
@@ -216,8 +240,12 @@ class SweepBook:
                 self._bin.submit(self._clear, trial.id)
 
     def _clear(self, trial: str) -> None:
-        for folder in ("checkpoints", "export"):
-            self.home.child(TRIALS, trial).delete(folder)
+        """Nothing is deleted under a host that still writes it."""
+        if not self.left(trial):
+            self._here[trial] = "left"  # too slow: tried again at the end
+        elif not self.fenced:
+            for folder in ("checkpoints", "export"):
+                self.home.child(TRIALS, trial).delete(folder)
 
     # ---- the end
 

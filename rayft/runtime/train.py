@@ -9,13 +9,13 @@ from rayft.compose.job import Outcome
 from rayft.config.rules import refuse
 from rayft.config.run import Run
 from rayft.core.address import carried
-from rayft.core.errors import InterruptedRun, InUseError, PermanentStorageError
+from rayft.core.errors import InterruptedRun, PermanentStorageError
 from rayft.core.lease import Lease
 from rayft.core.record import RunRecord
-from rayft.core.storage import Storage, folder_gone, probe, reachable
+from rayft.core.storage import Storage, probe, reachable
 from rayft.runtime import trackers
 from rayft.runtime.attempts import persevere
-from rayft.runtime.book import Book
+from rayft.runtime.book import Book, Fence
 from rayft.runtime.interrupt import Interrupt, handling
 from rayft.runtime.progress import View, view
 from rayft.runtime.types import Engine, Prepare
@@ -25,11 +25,12 @@ AGAIN = "the same command"
 
 @dataclass(frozen=True)
 class Seat:
-    """What a run is part of, where it is not alone: a trial of a sweep."""
+    """What a run is part of, where it is not alone: a trial of a sweep, or its winner."""
 
     view: View
     interrupt: Interrupt  # the sweep's way to stop it
     source: str = ""  # checkpoint folder of another trial to begin from
+    fence: Fence = lambda now: None  # of the sweep
     export: bool = False
 
 
@@ -57,7 +58,7 @@ def train(
         ConfigError, DataError, InfeasibleError, DivergedError, StorageError: exit codes 2 to 6.
         InterruptedRun: stopped by a signal, saved; exit code 75.
         InUseError: another driver has this run, or took it over.
-        RayftError: failed for good.
+        RayftError: failed for good; or its lease was deleted.
     """
     refuse(run)
     trackers.installed(run.trackers)
@@ -68,30 +69,37 @@ def train(
             return _done(book)
         if seat is None:
             _look(run, home, book)
-        with handling() if seat is None else nullcontext(seat.interrupt) as interrupt:
-
-            def lost() -> None:
-                book.hand_over()
-                interrupt.stop()
-
-            with Lease.held(home, lost) as lease:
-                book.home = home.existing()
-                # Another driver may have ended while this one began.
-                (book.restart if restart else book.reread)()
-                if book.done:
-                    return _done(book)
-                if book.record.attempts and not restart:
-                    book.note(f"continuing run {run.name} ({book.record.status}): {home.shown()}")
-                try:
-                    return _train(run, book, interrupt, engine, prepare or _prepare(), again)
-                except InterruptedRun as error:
-                    if lease.gone:
-                        raise book.with_last_commit(folder_gone(home)) from error
-                    if lease.lost:
-                        raise InUseError(f"another driver took over {home.shown()}") from error
+        with (
+            handling() if seat is None else nullcontext(seat.interrupt) as interrupt,
+            Lease.held(home, interrupt.stop) as lease,
+        ):
+            book.home = home.existing()
+            book.fence = _fence(lease, seat)
+            # Another driver may have ended while this one began.
+            (book.restart if restart else book.reread)()
+            if book.done:
+                return _done(book)
+            if book.record.attempts and not restart:
+                book.note(f"continuing run {run.name} ({book.record.status}): {home.shown()}")
+            try:
+                return _train(run, book, interrupt, engine, prepare or _prepare(), again)
+            except BaseException as error:  # whatever it was, the lost lease is why
+                if not lease.lost:
                     raise
+                why = lease.error()
+                gone = isinstance(why, PermanentStorageError)
+                raise (book.with_last_commit(why) if gone else why) from error
     finally:
         book.close()
+
+
+def _fence(lease: Lease, seat: Seat | None) -> Fence:
+    def fence(now: bool) -> None:
+        lease.check(now)
+        if seat is not None:
+            seat.fence(now)
+
+    return fence
 
 
 def _book(home: Storage, run: Run, seat: Seat | None, insist: bool) -> Book:

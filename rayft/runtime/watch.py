@@ -2,22 +2,56 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from typing import Any
-
-import ray
 
 from rayft.config.run import Run
 from rayft.core.ledger import Trial
 from rayft.runtime.sweepbook import SweepBook
 from rayft.runtime.sweepview import State
 
+LEAVE = 300.0  # seconds that a trial gets to leave: its last commit may be large, storage slow
+
+
+class Leaving:
+    """Trials on their way out of their hosts.
+
+    Args:
+        desk: told who is to leave.
+    """
+
+    def __init__(self, desk: Any) -> None:
+        self._desk, self._asked = desk, {}
+        self._closed = threading.Event()
+
+    def ask(self, trial: str, *, keep: bool) -> None:
+        """Have the trial leave; returns at once. `keep`: with its state committed."""
+        self._asked[trial] = self._desk.leave.remote(trial, keep).future()
+
+    def done(self, trial: str) -> bool:
+        """Wait, LEAVE seconds at most; whether nothing writes the trial's folder any more."""
+        asked, end = self._asked.get(trial), time.monotonic() + LEAVE
+        while asked is not None and not asked.done() and not self._closed.is_set():
+            if time.monotonic() > end:
+                return False
+            wait([asked], 0.5)
+        return True
+
+    def close(self) -> None:
+        """All hosts are gone."""
+        self._closed.set()
+
 
 class Watch:
     """tuning.Watcher: the book, and the desk that gets places back."""
 
-    def __init__(self, book: SweepBook, desk: Any, over: Callable[[], bool], at_once: int) -> None:
-        self._book, self._desk, self._over, self._at_once = book, desk, over, at_once
+    def __init__(
+        self, book: SweepBook, leaving: Leaving, over: Callable[[], bool], at_once: int
+    ) -> None:
+        self._book, self._leaving, self._over, self._at_once = book, leaving, over, at_once
         self._predicted = False
 
     def started(self, trial: str, params: dict[str, Any]) -> None:
@@ -36,12 +70,12 @@ class Watch:
         """See tuning.Watcher. The slot is asked back at once, so that the next trial gets it."""
         if not self._book.interrupted:
             running = result.get("standing", "running") == "running"
-            self._desk.leave.remote(trial, not running or self._book.is_best(trial))
+            self._leaving.ask(trial, keep=not running or self._book.is_best(trial))
         self._book.ended(trial, params, result)
 
     def broke(self, trial: str, params: dict[str, Any], why: str) -> None:
         """See tuning.Watcher."""
-        self._desk.leave.remote(trial, False)
+        self._leaving.ask(trial, keep=False)
         self._book.broke(trial, params, why)
 
     def over(self) -> bool:
@@ -52,12 +86,13 @@ class Watch:
         """The phase was ended from outside: Tune says nothing of the trials that still ran. With a
         best one among the others they are over; else they go on with the same command."""
         found = self._book.best() is not None
-        for trial in self._book.searched():
-            if not trial.over:
-                keep = self._book.is_best(trial.id)
-                ray.get(self._desk.leave.remote(trial.id, keep or not found))
-                if found:
-                    self._book.stop(trial.id)
+        running = [trial.id for trial in self._book.searched() if not trial.over]
+        for trial in running:
+            self._leaving.ask(trial, keep=self._book.is_best(trial) or not found)
+        for trial in running:
+            self._leaving.done(trial)
+            if found:
+                self._book.stop(trial)
 
 
 def disk(run: Run, params: dict[str, Any], trainable: float, at_once: int) -> float:

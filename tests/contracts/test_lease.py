@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rayft.core import lease as leases
-from rayft.core.errors import InUseError
+from rayft.core.errors import InUseError, RayftError
 from rayft.core.lease import LEASE, Holder, Lease
 from rayft.core.storage import Storage
 from tests.contracts.s3 import s3_server
@@ -213,3 +213,50 @@ def test_on_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise AssertionError("held twice")
             until(lambda: json.loads(storage.read_text(LEASE))["counter"] > began)
         assert not storage.exists(LEASE)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "said"),
+    [
+        (None, InUseError, "another driver took over .*: process 1 on far"),
+        ("", RayftError, "driver.lease was deleted"),
+        ('{"id": 3', RayftError, "driver.lease is damaged"),
+    ],
+    ids=["taken", "deleted", "damaged"],
+)
+def test_why_it_was_lost_is_told_apart_and_seen_before_a_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str | None, error: type, said: str
+) -> None:
+    """Without waiting for the next renewal where somebody asks, or did not look for long."""
+    monkeypatch.setattr(leases, "RENEW", 60.0)
+    calls: list[str] = []
+    for now in (True, False):
+        with Lease.held(Storage.open(str(tmp_path)), lambda: calls.append("lost")) as mine:
+            mine.check(now=True)
+            if damage is None:
+                elsewhere(tmp_path)
+            elif damage:
+                (tmp_path / LEASE).write_text(damage)
+            else:
+                (tmp_path / LEASE).unlink()
+            mine.check()  # it has just looked
+            if not now:
+                mine._looked -= 121  # it was suspended
+            assert not mine.lost
+            for _ in range(2):
+                with pytest.raises(error, match=said) as caught:
+                    mine.check(now)
+            assert mine.lost and caught.value.exit_code == 1 and type(caught.value) is error
+        (tmp_path / LEASE).unlink(missing_ok=True)
+    assert calls == ["lost"] * 2
+
+
+def test_hosts_of_a_driver_that_stands_still_learn_of_its_successor(tmp_path: Path) -> None:
+    storage = Storage.open(str(tmp_path))
+    with Lease.held(storage) as mine:
+        assert not leases.superseded(storage, mine.id)
+        elsewhere(tmp_path)
+        assert leases.superseded(storage, mine.id)
+        for nothing in ("", "{"):  # for the driver to judge
+            (tmp_path / LEASE).write_text(nothing)
+            assert not leases.superseded(storage, mine.id)

@@ -85,6 +85,25 @@ def test_a_driver_that_was_taken_over_stops_and_writes_nothing_more(a_run, start
     assert (home / LEASE).exists()
 
 
+@pytest.mark.parametrize(("damage", "said"), [("", "was deleted"), ("{", "is damaged")])
+def test_without_its_lease_a_driver_stops_and_the_same_command_goes_on(a_run, start, damage, said):
+    """Another one may have taken it for free: nobody can tell any more."""
+    run = a_run(**LONG)
+    first = start(run)
+    until(lambda: committed(run) >= 2)
+    lease = Path(run.storage) / "r" / LEASE
+    lease.write_text(damage) if damage else lease.unlink()
+    text = first.communicate(timeout=60)[1]
+    assert first.returncode == 1 and f"{lease} {said}" in text and "the same command" in text
+    assert (
+        text.splitlines()[-3].startswith("error: stopped: ") and record(run)["status"] == "running"
+    )
+    (Path(run.storage) / "work/step").write_text("3996")
+    second = start(run)
+    assert second.communicate(timeout=60)[0].strip() == "done"
+    assert record(run)["attempts"] == 2
+
+
 def test_a_signal_gives_the_lease_back(a_run, start):
     run = a_run(**LONG)
     first = start(run)

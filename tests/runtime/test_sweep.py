@@ -1,5 +1,6 @@
 """Sweeps on a real local Ray, the real engine, the embedded model."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -14,7 +16,8 @@ import pytest
 
 from rayft.compose.offline import evaluate_run
 from rayft.config.load import load
-from rayft.core.errors import DivergedError, RayftError
+from rayft.core import lease
+from rayft.core.errors import DivergedError, InUseError, RayftError
 from rayft.core.ledger import read_ledger
 from rayft.core.record import RunRecord, SweepRecord
 from rayft.core.storage import Storage
@@ -125,9 +128,15 @@ def test_a_done_sweep_is_returned_and_can_be_made_longer(whole):
     assert {name: after[name] for name in before} == before
 
 
-def test_asha_stops_early_and_slots_are_taken_again(tmp_path):
-    run = load(config(tmp_path, {"trials": 8, "scheduler": {"kind": "asha", "factor": 2}}))
-    record = sweep(run)
+def test_asha_stops_early_and_slots_are_taken_again(tmp_path, monkeypatch):
+    """While commits are under way: each takes a second longer, and no stop waits for one."""
+    monkeypatch.setenv("RAYFT_FAILPOINT", "checkpoint.gather:sleep:1+")
+    often = BASE["train"] | {"save_every": 4}
+    block = {"trials": 8, "scheduler": {"kind": "asha", "factor": 2}}
+    driver = started(tmp_path, block, train=often)
+    said = driver.communicate(timeout=200)[0]  # it used to take 600 s and more
+    assert driver.returncode == 0, said
+    record = SweepRecord.from_json((tmp_path / "s/sweep.json").read_text())
     trials = read_ledger(home(tmp_path)).trials.values()
     stopped = [trial for trial in trials if trial.status == "stopped"]
     assert stopped and all(trial.step < 12 for trial in stopped)
@@ -190,10 +199,10 @@ def test_what_kills_a_pack_does_not_kill_the_sweep(tmp_path):
     assert [trial.status for trial in trials] == ["done"] * 4
 
 
-def started(folder: Path, block: dict) -> subprocess.Popen:
+def started(folder: Path, block: dict, **changes) -> subprocess.Popen:
     """`rayft sweep` in a process of its own."""
     path = folder / "config.json"
-    path.write_text(json.dumps(config(folder, block)))
+    path.write_text(json.dumps(config(folder, block, **changes)))
     return subprocess.Popen(
         [sys.executable, "-m", "rayft", "sweep", str(path)],
         stdout=subprocess.PIPE,
@@ -229,6 +238,69 @@ def test_kill_9_of_the_driver_then_the_same_command(whole, tmp_path):
     uncut = {name: steps for name, steps in told(folder).items() if name in after}
     for name, steps in told(tmp_path).items():
         assert steps == pytest.approx(uncut[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_driver_without_its_lease_writes_nothing_more(tmp_path, monkeypatch, taken):
+    """Neither it nor its hosts; and a sweep that was called done by such a driver goes on."""
+    monkeypatch.setattr(lease, "RENEW", 0.2)
+    block = {"trials": 4, "scheduler": {"kind": "asha", "factor": 2}, "seeds": 2}
+    run = load(config(tmp_path, block, train=BASE["train"] | {"steps": 60}))
+    file, seen = tmp_path / "s" / lease.LEASE, {}
+
+    def lose():
+        """Once a trial has reported."""
+        while not any(told(tmp_path).values()):
+            time.sleep(0.05)
+        file.write_text(json.dumps(asdict(lease.Holder.here()))) if taken else file.unlink()
+
+    thread = threading.Thread(target=lose, daemon=True)
+    thread.start()
+    said = "another driver took over" if taken else "driver.lease was deleted"
+    with pytest.raises(RayftError, match=said) as caught:
+        sweep(run)
+    thread.join(1)
+    assert caught.value.exit_code == 1 and type(caught.value) is (
+        InUseError if taken else RayftError
+    )
+    end = time.monotonic() + 20
+    while any("PackHost" in " ".join(p.cmdline()) for p in living()):
+        assert time.monotonic() < end, "a host still lives"
+        time.sleep(0.1)
+    seen = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
+    assert file.exists() == taken
+    record = SweepRecord.from_json((tmp_path / "s/sweep.json").read_text())
+    assert record.status == "running" and not (tmp_path / "s/best").exists()
+    assert not (tmp_path / "s/report.html").exists()
+    before = read_ledger(home(tmp_path)).trials
+    for path in (tmp_path / "s/trials").glob("*/run.json"):
+        over = before[path.parent.name].over
+        assert over or RunRecord.from_json(path.read_text()).status == "running"
+    time.sleep(1.0)  # whatever still wanted to write had its time
+    assert seen == {path: path.read_bytes() for path in seen}
+    file.unlink(missing_ok=True)
+    if taken:  # as an earlier rayft left it
+        text = replace(record, status="done", stopped_by="trials").to_json()
+        (tmp_path / "s/sweep.json").write_text(text)
+    again = sweep(run)
+    after = read_ledger(home(tmp_path)).trials
+    assert again.status == "done" and again.starts == 2 and len(after) == 5
+    assert all(trial.over for trial in after.values())
+    for name, trial in before.items():  # no report is told twice, none is judged twice
+        steps = [report.step for report in after[name].reports]
+        assert steps == sorted(set(steps)) and steps[: len(trial.reports)] == [
+            report.step for report in trial.reports
+        ]
+
+
+def living() -> list[psutil.Process]:
+    """Below this process."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.cmdline()
+            found.append(process)
+    return found
 
 
 def test_a_signal_ends_with_75_and_nothing_is_lost(tmp_path):
