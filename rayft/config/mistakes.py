@@ -16,6 +16,7 @@ from rayft.config.foreign import GONE, RENAMED
 from rayft.config.shape import ROOT, Place, every_field, place, under
 from rayft.config.source import Keys, dotted
 from rayft.config.strategies import PRESETS, ZeroSpec
+from rayft.core.address import redact
 
 Mistake = tuple[Keys, str]
 
@@ -178,7 +179,7 @@ def _shown(value: Any) -> str:
         return "a mapping"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
-    text = repr(value)
+    text = redact(repr(value))  # before it is cut: half a secret is not recognised
     return text if len(text) <= 40 else f"{text[:36]}...{text[-1]}"
 
 

@@ -11,6 +11,7 @@ from rayft.config.dialect import DEPTH
 from rayft.config.mistakes import place_of
 from rayft.config.source import Keys, Source, dotted, parse, split
 from rayft.config.sweep import KINDS
+from rayft.core.address import redact
 from rayft.core.errors import ConfigError
 
 
@@ -27,7 +28,8 @@ def override(found: Source, text: str) -> None:
         raise ConfigError(f"an override is written a.b=value, not {text!r}")
     if len(keys) > DEPTH:
         raise ConfigError(f"an override goes {len(keys):,} levels deep; no config does")
-    told = f"override {text if len(text) <= 60 else text[:57] + '...'}"
+    shown = redact(text)
+    told = f"override {shown if len(shown) <= 60 else shown[:57] + '...'}"
     new = parse(value, "override", told)
     new.places[()] = told
     if new.data is None:

@@ -27,6 +27,7 @@ from rayft.config.dialect import (
     joined,
     scalar,
 )
+from rayft.core.address import redact
 from rayft.core.errors import ConfigError
 
 __all__ = ["Keys", "Source", "dotted", "dump", "parse", "read", "split"]
@@ -221,7 +222,7 @@ def _broken(error: yaml.MarkedYAMLError, text: str, name: str, place: str | None
     line = lines[mark.line] if mark.line < len(lines) else ""
     if "\t" in line[: mark.column + 1]:
         said = "a tab; YAML is indented with spaces only"
-    shown = f"\n  | {line.strip()[:90]}" if line.strip() else ""
+    shown = f"\n  | {redact(line.strip())[:90]}" if line.strip() else ""
     return ConfigError(
         f"broken YAML: {said}{shown}", where=place or f"{name}:{mark.line + 1}:{mark.column + 1}"
     )

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+from rayft.core.address import redact
 from rayft.core.errors import RayftError
 
 
 def say(text: str, *, err: bool = False, end: str = "\n") -> None:
-    """Write `text` now. What the stream's encoding cannot hold is written as an escape.
+    """Write `text` now, without credentials; what the stream's encoding cannot hold as an escape.
 
     Raises:
         RayftError: standard output cannot be written for another reason than a closed pipe.
@@ -27,7 +28,9 @@ def say(text: str, *, err: bool = False, end: str = "\n") -> None:
         return
     try:
         encoding = stream.encoding or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream)
+        print(
+            redact(text).encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream
+        )
         stream.flush()
     except BrokenPipeError:
         _silence(stream)

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 from pyarrow import fs
 
-from rayft.core.address import shown
+from rayft.core.address import redact, shown
 from rayft.core.errors import ConfigError, DataError, StorageError
 from rayft.core.remote import connect
 
@@ -265,5 +265,5 @@ def _pattern(text: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    text = error.what if isinstance(error, StorageError) else str(error)
+    text = redact(error.what if isinstance(error, StorageError) else str(error))
     return text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rayft.config.data import SourceSpec
+from rayft.core.address import redact
 from rayft.core.errors import ConfigError, DataError
 from rayft.data import builtin, files, llamafactory, readers
 from rayft.data.files import File
@@ -110,7 +111,7 @@ class DatasetRows:
             found = datasets.load_from_disk(self.path)
             return found[split] if isinstance(found, datasets.DatasetDict) else found
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            reason = redact(str(error)).strip().splitlines()[:1] or [type(error).__name__]
             kind = "folder" if self.folder else "hub data set"
             raise DataError(
                 f"cannot load the {kind} {self.path!r}, split {split!r}",

@@ -12,17 +12,12 @@ from ray.tune.schedulers import FIFOScheduler
 
 from rayft.config.rules import refuse
 from rayft.config.run import Run
-from rayft.core.errors import (
-    ConfigError,
-    DivergedError,
-    InterruptedRun,
-    RayftError,
-    StorageError,
-)
+from rayft.core.errors import ConfigError, DivergedError, InterruptedRun, RayftError, StorageError
 from rayft.core.lease import Lease
 from rayft.core.record import SweepRecord
 from rayft.core.storage import Storage
 from rayft.runtime.best import copy_winner, refit, write_config
+from rayft.runtime.first_look import first_look
 from rayft.runtime.ground import close, ground
 from rayft.runtime.interrupt import Interrupt, handling
 from rayft.runtime.replay import Replayed
@@ -55,6 +50,7 @@ def sweep(run: Run, *, again: str = "the same command") -> SweepRecord:
     view = sweep_view()
     home = Storage.open(run.storage).child(run.name)
     try:
+        first_look(run, home, view.note)
         with handling() as interrupt, Lease.held(home, interrupt.stop) as lease:
             book = SweepBook(home, run, lease)
             try:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from rayft.compose.job import Outcome
 from rayft.config.rules import refuse
 from rayft.config.run import Run
-from rayft.core.address import carried
 from rayft.core.errors import InterruptedRun, PermanentStorageError
 from rayft.core.lease import Lease
 from rayft.core.record import RunRecord
-from rayft.core.storage import Storage, probe, reachable
+from rayft.core.storage import Storage, reachable
 from rayft.runtime import trackers
 from rayft.runtime.attempts import persevere
 from rayft.runtime.book import Book, Fence
+from rayft.runtime.first_look import first_look
 from rayft.runtime.interrupt import Interrupt, handling
 from rayft.runtime.progress import View, view
 from rayft.runtime.types import Engine, Prepare
@@ -68,7 +68,7 @@ def train(
         if book.done and not restart:
             return _done(book)
         if seat is None:
-            _look(run, home, book)
+            first_look(run, home, book.note)
         with (
             handling() if seat is None else nullcontext(seat.interrupt) as interrupt,
             Lease.held(home, interrupt.stop) as lease,
@@ -107,15 +107,6 @@ def _book(home: Storage, run: Run, seat: Seat | None, insist: bool) -> Book:
         return Book(home, run, seat.view, source=seat.source, export=seat.export, insist=False)
     reachable(home)
     return Book(home, run, view(), insist=insist)
-
-
-def _look(run: Run, home: Storage, book: Book) -> None:
-    """Storage that cannot be written is refused here, in seconds: before Ray, before any data."""
-    probe(home.hasty())
-    if run.data.cache is not None:  # by default it lies in the run's storage
-        probe(Storage.open(run.data.cache).hasty())
-    if said := carried(run.addresses()):
-        book.note(said)
 
 
 def _done(book: Book) -> RunRecord:

@@ -40,9 +40,9 @@ def config(s3: str, name: str, **changes) -> dict:
         "model": {"path": "builtin:tiny"},
         "methods": [{"kind": "lora", "rank": 2}],
         "data": {
-            "train": [{"path": s3.format("data/*.jsonl")}],
-            "eval": [{"path": s3.format("data/a.jsonl")}],
-            "max_length": 32,
+            "train": [{"path": s3.format("corpus/data/*.jsonl")}],
+            "eval": [{"path": s3.format("corpus/held/b.jsonl")}],
+            "max_length": 64,
         },
         "train": {"steps": 4, "save_every": 2, "global_batch": 2, "micro_batch": 2},
         "scale": {"workers": 0, "gpus": 0},
@@ -51,9 +51,10 @@ def config(s3: str, name: str, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def rows(s3):
-    lines = [{"prompt": f"what is {n}?", "completion": f"{n} it is"} for n in range(16)]
-    data = Storage.open(s3.format("data"))
-    data.write_text("a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    for first, name in ((0, "data/a.jsonl"), (100, "held/b.jsonl")):
+        lines = [{"prompt": f"{n}?", "completion": f"{n} it is"} for n in range(first, first + 16)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        Storage.open(s3.format("corpus")).write_text(name, text)
 
 
 def paste(command: str) -> str:

@@ -4,7 +4,13 @@ import pickle
 
 import pytest
 
-from rayft.core.errors import DivergedError, InterruptedRun, RayftError, StorageError
+from rayft.core.errors import (
+    DivergedError,
+    InterruptedRun,
+    PermanentStorageError,
+    RayftError,
+    StorageError,
+)
 from rayft.runtime.attempts import SAME, Attempt, GiveUp, Retry, decide, diagnosis, persevere
 from rayft.runtime.failure import Failure, WorkerFailed, caught, first, hint
 
@@ -143,3 +149,17 @@ def test_persevere_raises_the_diagnosis():
     with pytest.raises(RayftError, match="same error at the same step"):
         persevere(launch, retries=9, reached=lambda: 14, wait=lambda delay: None,
                   failed=lambda one, verdict: "kept", again="")  # fmt: skip
+
+
+def test_storage_that_refuses_for_good_is_not_tried_again():
+    for kind, verdict in ((PermanentStorageError, GiveUp), (StorageError, Retry)):
+        own = kind("no space")
+        one = Attempt(Failure(kind.__name__, "no space", "", 0.0, error=own), 4)
+        assert isinstance(decide([one], 3), verdict)
+    told = str(diagnosis(one_permanent(), GiveUp("no"), "there", "rayft train c.yaml"))
+    assert "next: mend it, then continue from the last checkpoint: rayft train c.yaml" in told
+
+
+def one_permanent():
+    own = PermanentStorageError("no space", cause="the disk is full")
+    return Failure("PermanentStorageError", "no space", "", 0.0, error=own)
