@@ -1,4 +1,4 @@
-# make setup | quickstart | test | checks | format | clean
+# make setup | quickstart | test | checks | format | chaos | clean
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
@@ -7,7 +7,7 @@ THREADS := OMP_NUM_THREADS=1
 # Test processes: three where there are four cores. A file stays in one process (it shares its fixtures).
 WORKERS := $(shell [ $$(nproc) -ge 4 ] && echo 3 || echo 2)
 
-.PHONY: setup dev quickstart test checks format clean
+.PHONY: setup dev quickstart test checks format chaos clean
 setup: .venv/.installed
 dev: .venv/.dev
 
@@ -38,6 +38,12 @@ test: dev
 
 checks: dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+
+# Faults against rayft, hours of them: make chaos SEED=2 SCALE=0.1 STORMS="single damage" CHAOS=--json
+SEED ?= 1
+SCALE ?= 1
+chaos: dev
+	@$(BIN)/python experiments/chaos/run.py --seed $(SEED) --scale $(SCALE) $(STORMS:%=--storm %) $(CHAOS)
 
 format: dev
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
