@@ -17,7 +17,8 @@ from typing import Any
 
 from rayft.compose.job import Prepared
 from rayft.config.run import Run
-from rayft.core.errors import DivergedError, InterruptedRun, RayftError
+from rayft.core.errors import DivergedError, InterruptedRun, InUseError, RayftError
+from rayft.core.lease import PATIENCE
 from rayft.core.record import RunRecord
 from rayft.core.series import base_of
 from rayft.core.storage import Storage
@@ -105,7 +106,8 @@ class OwnSeat:
         checkpoints go; metrics and run.json stay."""
         self._interrupt.stop()
         self._thread.join(LEAVE)
-        if not keep:
+        # A thread that hangs still writes; the process is ended next, and the driver clears.
+        if not keep and not self._thread.is_alive():
             for folder in ("checkpoints", "export"):
                 self._home.delete(folder)
 
@@ -115,8 +117,7 @@ class OwnSeat:
         standing, error = "done", ""
         try:
             seat = Seat(self._relay, self._interrupt, source)
-            record = train(self._run, prepare=lambda run, mapper: self._prepared, seat=seat)
-            self._relay.done(record)
+            self._relay.done(self._trained(seat))
         except DivergedError as problem:
             standing, error = "diverged", problem.what
         except InterruptedRun:
@@ -127,6 +128,17 @@ class OwnSeat:
             text = problem.what if isinstance(problem, RayftError) else str(problem)
             standing, error = "failed", f"{type(problem).__name__}: {text}"
         self._told.put(self._relay.end(standing, error))
+
+    def _trained(self, seat: Seat) -> RunRecord:
+        """The run; a host of the sweep's former driver gets time to go."""
+        end = time.monotonic() + 2 * PATIENCE
+        while True:
+            try:
+                return train(self._run, prepare=lambda run, mapper: self._prepared, seat=seat)
+            except InUseError:
+                if time.monotonic() > end:
+                    raise
+                self._interrupt.sleep(1.0)
 
     def _diverge(self, why: str) -> None:
         self._diverged = why
