@@ -188,8 +188,9 @@ def test_probe_names_the_place_and_the_reason(tmp_path, s3):
 
 
 def test_senseless_uri_is_refused():
-    with pytest.raises(StorageError, match="s4://x/y"):
-        Storage.open("s4://x/y")
+    for uri in ("s4://x/y", "s3://", "s3:///runs"):
+        with pytest.raises(StorageError, match=f"cannot open {uri}: "):
+            Storage.open(uri)
 
 
 def test_file_uri_and_plain_path_are_the_same_folder(tmp_path, monkeypatch):

@@ -144,8 +144,6 @@ def refused(tmp_path, capsys, storage, **changes) -> str:
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("s3://", "it names no bucket"),
-        ("s3:///runs", "it names no bucket"),
         ("s3://my_bucket!/runs", "'my_bucket!' is not the name of a bucket"),
         ("s3://bucket/runs?anonimous=true", "did you mean anonymous?"),
         ("s3://bucket/runs?anonymous=perhaps", "anonymous is true or false"),
