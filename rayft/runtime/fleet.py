@@ -24,6 +24,7 @@ def run_fleet(
     Raises:
         RayftError: refused, failed for good, or interrupted.
     """
+    interrupt.check()
     address = os.environ.get("RAY_ADDRESS")
     book.note(f"joining Ray at {address}" if address else "starting Ray on this machine")
     with connected():
