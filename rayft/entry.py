@@ -38,6 +38,12 @@ def main() -> int:
     code = run()
     _code = code
     arm()
+    from rayft.core.process import abandoned
+
+    if abandoned.is_set():  # what Ray left in this process would wait for a dead cluster
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 

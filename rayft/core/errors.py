@@ -115,6 +115,12 @@ class InterruptedRun(RayftError):
     exit_code, label = 75, "interrupted"
 
 
+class ClusterLostError(InterruptedRun):
+    """Ray is gone under a run. Exit 75: the run is whole and nothing in it is at fault, so whoever
+    starts jobs again should start this one again, on a cluster that lives; 1 would say that a
+    person must look first."""
+
+
 class InUseError(RayftError):
     """Another driver has this run or sweep. Exit 1: 2 would say that the config must change, 75
     that it is to be started again, and both are wrong while the other one lives."""

@@ -214,7 +214,8 @@ class Book:
         elif isinstance(error, InterruptedRun):
             status = "interrupted"
         try:
-            self._write(status=status, error="" if status == "interrupted" else str(error))
+            asked = type(error) is InterruptedRun  # by a signal: there is nothing to explain
+            self._write(status=status, error="" if asked else str(error))
         except StorageError as lost:  # must not hide the error that ended the run
             self.warn(f"run.json still says running: {lost.what}")
 

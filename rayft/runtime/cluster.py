@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import os
@@ -14,8 +15,11 @@ from typing import TextIO
 
 import ray
 
+from rayft.core import process
 from rayft.core.errors import ConfigError, RayftError
 from rayft.runtime.driver_context import hide_arguments
+from rayft.runtime.gcs import GcsWatch, patience
+from rayft.runtime.interrupt import Interrupt
 
 NAMESPACE = "rayft"
 OBJECT_STORE = 2**30  # bytes at most, for tokenised shards on their way to the cache
@@ -30,12 +34,18 @@ _LOCAL = {"RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @contextmanager
-def connected(dashboard: bool = False) -> Iterator[None]:
+def connected(
+    dashboard: bool = False, interrupt: Interrupt | None = None
+) -> Iterator[GcsWatch | None]:
     """A Ray cluster inside the block. One that was there before (ray.init in a notebook,
     RAY_ADDRESS, a job) stays; one that was started here ends with the block.
 
     Args:
         dashboard: a local Ray gets its dashboard even where the environment says otherwise.
+        interrupt: told when the cluster is lost (and then the block's end waits for nothing).
+
+    Yields:
+        The watch that tells it; None without `interrupt`.
 
     Environment: RAY_ADDRESS joins; RAYFT_DASHBOARD=0 starts a local Ray without its dashboard;
     RAYFT_RAY_LOGS=1 shows the workers' output; RAY_TMPDIR moves Ray's files.
@@ -43,7 +53,8 @@ def connected(dashboard: bool = False) -> Iterator[None]:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
-        yield
+        with _watched(interrupt, own=False) as watch:
+            yield watch
         return
     loud = os.environ.get("RAYFT_RAY_LOGS") == "1"
     options = {
@@ -52,11 +63,41 @@ def connected(dashboard: bool = False) -> Iterator[None]:
         "logging_level": logging.INFO if loud else logging.ERROR,
     }
     _start(options, dashboard)
+    own = options.get("address") == "local"
     try:
-        with nullcontext() if loud else redirect_stdout(_WithoutRaylet(sys.stdout)):
-            yield
+        quiet = nullcontext() if loud else redirect_stdout(_WithoutRaylet(sys.stdout))
+        with quiet, _watched(interrupt, own=own) as watch:
+            yield watch
     finally:
-        ray.shutdown()
+        if interrupt is not None and interrupt.cut_off:
+            _abandon(own)
+        else:
+            ray.shutdown()
+
+
+@contextmanager
+def _watched(interrupt: Interrupt | None, *, own: bool) -> Iterator[GcsWatch | None]:
+    if interrupt is None:
+        yield None
+        return
+    watch = GcsWatch(ray.get_runtime_context().gcs_address, interrupt, patience(own))
+    try:
+        yield watch
+    finally:
+        watch.end()
+
+
+def _abandon(own: bool) -> None:
+    """Leave a dead cluster. ray.shutdown would wait for it until Ray ends this process; without it
+    the process can still work, but must leave by `os._exit` (`process.abandoned`).
+
+    Ray has no public call that ends a local Ray's processes without asking them; the private one is
+    held by a test.
+    """
+    atexit.unregister(ray.shutdown)
+    if own:
+        ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+    process.abandoned.set()
 
 
 class _WithoutRaylet(io.TextIOBase):

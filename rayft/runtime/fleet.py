@@ -27,7 +27,7 @@ def run_fleet(
     interrupt.check()
     address = os.environ.get("RAY_ADDRESS")
     book.note(f"joining Ray at {address}" if address else "starting Ray on this machine")
-    with connected():
+    with connected(interrupt=interrupt) as watch:
         interrupt.arm()  # ray.init installs a SIGTERM handler that ends the process
         interrupt.check()
         living, limit = nodes(), ceiling()
@@ -41,6 +41,8 @@ def run_fleet(
         book.begin(prepared, hardware())
 
         def once(number: int) -> Outcome:
+            if watch is not None:
+                watch.settle()
             workers = preflight.workers_now(run.scale, nodes(), gpus)
             book.note(f"starting {workers} workers" + f", attempt {number + 1}" * bool(number))
             return launch.launch(

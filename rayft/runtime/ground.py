@@ -55,7 +55,7 @@ def ground(run: Run, book: SweepBook, view: SweepView, interrupt: Interrupt) -> 
     address = os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         view.note(f"joining Ray at {address}" if address else "starting Ray on this machine")
-    with connected(dashboard=bool(reasons_alone(run)[1])):
+    with connected(bool(reasons_alone(run)[1]), interrupt):
         interrupt.arm()  # ray.init installs a SIGTERM handler that ends the process
         interrupt.check()
         living = nodes()
@@ -101,7 +101,7 @@ def ground(run: Run, book: SweepBook, view: SweepView, interrupt: Interrupt) -> 
         finally:
             if book.fenced:
                 ray.kill(desk)  # the hosts are its own: they go with it, and commit nothing more
-            else:
+            elif not interrupt.cut_off:
                 close(desk)
             leaving.close()
 

@@ -23,6 +23,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.count = 0
+        self._error: InterruptedRun | None = None
         self._former: dict[int, Handler] = {}
 
     @property
@@ -34,6 +35,11 @@ class Interrupt:
     def forced(self) -> bool:
         """Stop now."""
         return self.count >= 2
+
+    @property
+    def cut_off(self) -> bool:
+        """The cluster is gone: whatever asks it would wait."""
+        return self._error is not None
 
     def arm(self) -> None:
         """Take the signals, also after a library took them. Python allows it in the main thread
@@ -65,7 +71,16 @@ class Interrupt:
     def check(self) -> None:
         """Raises InterruptedRun when a stop is asked for and no training is under way."""
         if self.asked:
-            raise InterruptedRun("stopped while no step was under way; nothing is lost")
+            raise self.ended("stopped while no step was under way; nothing is lost")
+
+    def ended(self, what: str, *, fix: str = "") -> InterruptedRun:
+        """The error that ends the run: why it must stop, else `what` of a stop that was asked."""
+        return self._error or InterruptedRun(what, fix=fix)
+
+    def lose(self, error: InterruptedRun) -> None:
+        """Stop now, because of `error`; called from any thread."""
+        self._error = error
+        self.stop()
 
     def stop(self) -> None:
         """Stop now, as two signals would."""

@@ -27,7 +27,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rayft.compose.job import Job, Outcome
 from rayft.config.run import ScaleSpec
 from rayft.core.address import redact
-from rayft.core.errors import InterruptedRun
 from rayft.runtime.control import Control, Event
 from rayft.runtime.driver_context import DriverContext, passed_on
 from rayft.runtime.failure import Failure, WorkerFailed, at_step, caught, first
@@ -98,8 +97,9 @@ def launch(
         except RayError as error:  # Ray itself is in trouble: the control actor or the cluster
             raise WorkerFailed(caught(error)) from error
         finally:
-            control.kill()
-            fit.join(LEAVE)
+            if not interrupt.cut_off:  # else both would wait for a cluster that is gone
+                control.kill()
+                fit.join(LEAVE)
 
 
 def _environment() -> dict[str, Any] | None:
@@ -136,7 +136,7 @@ def _follow(
         fit.join(PERIOD)
         heard(control.drain())
         if interrupt.forced:
-            raise InterruptedRun(
+            raise interrupt.ended(
                 "stopped at once, without a save", fix="the same command continues the run"
             )
         if interrupt.asked and not told:

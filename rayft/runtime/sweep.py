@@ -212,7 +212,7 @@ class _Sweep:
                 break
         self._tell()
         if self.interrupt.asked:
-            raise InterruptedRun("stopped; what was committed is kept", fix=self.again)
+            raise self.interrupt.ended("stopped; what was committed is kept", fix=self.again)
         if isinstance(phase.error, RayftError):
             raise phase.error
         if phase.error is not None:
@@ -282,7 +282,7 @@ class _Sweep:
             return
         status = "interrupted" if isinstance(error, InterruptedRun) else "failed"
         try:
-            text = "" if status == "interrupted" else str(error)
+            text = "" if type(error) is InterruptedRun else str(error)
             self.book.write(status=status, error=text, best=self.book.summary())
             leave_report(self.book, self.view)
         except StorageError as lost:

@@ -1,10 +1,12 @@
 """A driver process as the command line would be: `driver.py CONFIG_JSON`."""
 
+import os
 import sys
 
 import stub
 
 from rayft.config.run import Run
+from rayft.core import process
 from rayft.core.errors import RayftError
 from rayft.runtime.train import train
 
@@ -16,4 +18,8 @@ try:
     )
 except RayftError as error:
     print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
+    code = error.exit_code
+    if process.abandoned.is_set():
+        sys.stderr.flush()
+        os._exit(code)  # as rayft.entry does
+    sys.exit(code)
