@@ -14,6 +14,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     from lab import Lab
     from tally import table
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
     base = Path(tempfile.mkdtemp(prefix="chaos-", dir=args.folder))  # short: sockets lie below
     commands, tallies = Commands(base), []
     lab = Lab(base, commands, args.seed, args.scale)
