@@ -22,6 +22,7 @@ from rayft import unexpected
 from rayft.core.address import below, carried, clean, redact
 from rayft.core.console import say, takes
 from rayft.core.errors import MAX_LINES, ConfigError, RayftError, line_of
+from rayft.core.remote import refuse_malformed
 from rayft.entry import INTERRUPTED, RESUMED, SIGNALS
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def check(
     from rayft.config.source import dump
 
     run = rayft.load(config, overrides or ())
+    for address in run.addresses():
+        refuse_malformed(address)
     _warn_of_credentials(run.addresses())
     text = dump(run.resolved())
     say(redact(f"# {line_of(config)} is valid; digest {run.digest()}"))

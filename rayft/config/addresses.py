@@ -1,5 +1,6 @@
 """Addresses in a config that can mean nothing on any machine: unknown schemes, names that no file
-system takes. Whether a place exists, and may be written, only a run can find out.
+system takes. Buckets and options are storage's (`core/remote.py`, exit 6); whether a place exists,
+and may be written, only a run can find out.
 
 A path is kept exactly as it is typed: two Unicode spellings of one letter are two folders on Linux,
 so neither is put into a normal form.
@@ -50,17 +51,15 @@ def wrong(text: str) -> str:
     if not text.isprintable():
         return f"{text[:60]!r} holds a character that cannot be printed; no name should"
     found = _SCHEME.fullmatch(text)
-    said = _uri(*found.groups()) if found else _local(text)
+    said = _uri(found[1]) if found else _local(text)
     return said or _long(found[2] if found else text)
 
 
-def _uri(scheme: str, rest: str) -> str:
+def _uri(scheme: str) -> str:
     if scheme.lower() not in SCHEMES:
         near = difflib.get_close_matches(scheme.lower(), SCHEMES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}://? " if near else ""
         return f"{scheme}:// is not known; {hint}(there are: local paths, s3://, gs://, file://)"
-    if scheme.lower() != "file" and not re.split(r"[/?]", rest, maxsplit=1)[0]:
-        return f"{scheme}://{rest[:60]} names no bucket; write {scheme}://BUCKET/FOLDER"
     return ""
 
 

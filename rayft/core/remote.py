@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -30,9 +31,28 @@ S3_OPTIONS = {
     "connect_timeout": float,
     "request_timeout": float,
 }
+_GCS = ("gs", "gcs")
 _GCS_WAIT = 30  # seconds of retries; pyarrow's default is 15 minutes
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]+")
 _ENDPOINT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?")
+
+
+def refuse_malformed(address: str) -> None:
+    """What can be told of an address of an object store without asking anybody; nothing is
+    imported for it. Other addresses pass.
+
+    Raises:
+        StorageError: it names no bucket, or an option is unknown or means nothing.
+    """
+    parts = parts_of(clean(address))
+    if parts is None or parts.scheme not in ("s3", *_GCS):
+        return
+    try:
+        _check_bucket(parts)
+        if parts.scheme == "s3":
+            _endpoint(_options(parts.options))
+    except ValueError as error:
+        raise _refusal(address, error) from error
 
 
 def connect(address: str) -> tuple[Any, str]:
@@ -49,16 +69,20 @@ def connect(address: str) -> tuple[Any, str]:
     try:
         if parts is not None and parts.scheme == "s3":
             return _s3(parts, address)
-        if parts is not None and parts.scheme in ("gs", "gcs"):
+        if parts is not None and parts.scheme in _GCS:
             return _gcs(address, parts)
     except (ArrowException, OSError, ValueError) as error:
-        raise StorageError(
-            f"cannot open {shown(address)}: {error}",
-            fix="s3://bucket/path?region=...&endpoint_override=host:port&scheme=http",
-        ) from error
+        raise _refusal(address, error) from error
     raise StorageError(
         f"cannot open {shown(address)}: not an address rayft knows",
         fix="a local path, s3://bucket/path or gs://bucket/path",
+    )
+
+
+def _refusal(address: str, error: Exception) -> StorageError:
+    return StorageError(
+        f"cannot open {shown(address)}: {error}",
+        fix="s3://bucket/path?region=...&endpoint_override=host:port&scheme=http",
     )
 
 
@@ -73,8 +97,8 @@ def _s3(parts: Parts, address: str) -> tuple[Any, str]:
             raise ValueError("an access key and its secret come together: s3://KEY:SECRET@bucket")
         options |= {"access_key": known.access_key, "secret_key": known.secret_key}
         options |= {"session_token": known.session_token} if known.session_token else {}
+    options |= _endpoint(options)
     if "endpoint_override" in options:
-        options |= _endpoint(str(options["endpoint_override"]))
         if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
             options.setdefault("region", "us-east-1")  # or the SDK asks a cloud's metadata server
     elif "region" not in options:
@@ -104,8 +128,11 @@ def _options(given: dict[str, str]) -> dict[str, Any]:
     return options
 
 
-def _endpoint(text: str) -> dict[str, str]:
+def _endpoint(options: Mapping[str, Any]) -> dict[str, str]:
     """`host:port`; a scheme before it, as other tools write it, is taken as `scheme`."""
+    if "endpoint_override" not in options:
+        return {}
+    text = str(options["endpoint_override"])
     scheme, _, place = text.rpartition("://")
     found = _ENDPOINT.fullmatch(place.rstrip("/"))
     if found is None or not 0 < int(found[1] or 1) < 65536:
@@ -116,6 +143,7 @@ def _endpoint(text: str) -> dict[str, str]:
 def _gcs(address: str, parts: Parts) -> tuple[Any, str]:
     from pyarrow.fs import FileSystem
 
+    _check_bucket(parts)
     if "retry_limit_seconds" not in parts.options:
         address += f"{'&' if '?' in address else '?'}retry_limit_seconds={_GCS_WAIT}"
     fs, path = FileSystem.from_uri(address)

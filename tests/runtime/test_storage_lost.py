@@ -144,6 +144,9 @@ def refused(tmp_path, capsys, storage, **changes) -> str:
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
+        ("s3://", "it names no bucket"),
+        ("s3:///runs", "it names no bucket"),
+        ("gs://?region=x", "it names no bucket"),
         ("s3://my_bucket!/runs", "'my_bucket!' is not the name of a bucket"),
         ("s3://bucket/runs?anonimous=true", "did you mean anonymous?"),
         ("s3://bucket/runs?anonymous=perhaps", "anonymous is true or false"),
@@ -154,6 +157,14 @@ def refused(tmp_path, capsys, storage, **changes) -> str:
 )
 def test_a_senseless_address_is_exit_6_before_ray(tmp_path, capsys, address, reason):
     assert reason in refused(tmp_path, capsys, address)
+
+
+@pytest.mark.parametrize("address", ["s3:///runs", "s3://bucket/runs?anonimous=true", "gs://"])
+def test_check_refuses_a_senseless_address_without_a_store(tmp_path, capsys, address):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config(tmp_path / "x") | {"storage": address}))
+    assert cli.main(["check", str(file)]) == 6
+    assert f"cannot open {address.partition('?')[0]}: " in capsys.readouterr().err
 
 
 def test_a_store_that_does_not_answer_is_exit_6_within_seconds(tmp_path, capsys, closed_port, s3):
