@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from rayft.config.run import Run
 from rayft.config.strategies import DdpSpec
 from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError, DataError, StorageError
+from rayft.core.process import temporary
 from rayft.core.record import RunRecord
 from rayft.core.sealed import BadRecord
 from rayft.core.storage import Storage
@@ -161,14 +161,14 @@ def export_run(
         raise ConfigError("nothing to merge: this run trained the weights themselves")
     commit = choose_commit(opened.storage, opened.record, step)
     target = Storage.open(to) if to else opened.storage.child(MERGED if merge else EXPORT)
-    with tempfile.TemporaryDirectory(prefix="rayft-export-") as temporary:
-        folder = Path(temporary) / "export"
+    with temporary("export") as scratch:
+        folder = Path(scratch) / "export"
         make_export(opened.built, opened.record, commit, folder)
         lines = [f"{target.uri}: checkpoint of step {commit.step}"]
         if check:
             lines += _verdict(check_vllm(folder))
         if merge:
-            adapter, folder = folder, Path(temporary) / "merged"
+            adapter, folder = folder, Path(scratch) / "merged"
             lines += _merged(opened, record_at(opened.record, commit), adapter, folder)
         copy_out(folder, target)
     return "\n".join(lines)

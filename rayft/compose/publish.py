@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from rayft.compose.manifest import BadCommit, order
 from rayft.compose.shardfile import Shards
 from rayft.compose.step import PREFIX
 from rayft.core.errors import StorageError
+from rayft.core.process import temporary
 from rayft.core.record import RunRecord
 from rayft.core.shards import PARAM
 from rayft.core.storage import Storage
@@ -94,6 +94,6 @@ def copy_out(folder: Path, target: Storage) -> None:
 def publish(built: Built, record: RunRecord, commit: Commit, target: Storage) -> None:
     """Export `commit` to `target`. Made and checked in a local folder first, so that an old export
     goes only when the new one is ready."""
-    with tempfile.TemporaryDirectory(prefix="rayft-export-") as temporary:
-        make_export(built, record, commit, Path(temporary))
-        copy_out(Path(temporary), target)
+    with temporary("export") as scratch:
+        make_export(built, record, commit, Path(scratch))
+        copy_out(Path(scratch), target)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import mmap
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from rayft.core import failpoints
 from rayft.core.errors import StorageError
+from rayft.core.process import temporary
 from rayft.core.shards import Shard
 from rayft.core.storage import Storage
 
@@ -221,7 +221,7 @@ class Shards:
     ) -> None:
         self.world, self.scalars = len(indexes), dict(scalars)
         self._fetch, self._files = fetch, {}
-        self._folder = tempfile.TemporaryDirectory(prefix="rayft-shards-")
+        self._folder = temporary("shards")
         self._parts: dict[str, list[tuple[int, Part]]] = {}
         for rank, index in enumerate(indexes):
             for name, part in index.items():

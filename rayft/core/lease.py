@@ -23,9 +23,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from rayft.core.errors import InUseError, RayftError, StorageError
+from rayft.core.process import machine, started
 from rayft.core.storage import Storage, folder_gone
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,14 @@ class Holder:
     def here() -> Holder:
         """This process."""
         pid = os.getpid()
-        return Holder(secrets.token_hex(8), socket.gethostname(), _machine(), pid, _started(pid))
+        return Holder(secrets.token_hex(8), socket.gethostname(), machine(), pid, started(pid))
 
     @property
     def alive(self) -> bool | None:
         """Whether the process lives; None where that cannot be seen from here."""
-        if not self.machine or self.machine != _machine():
+        if not self.machine or self.machine != machine():
             return None
-        return _started(self.pid) == self.started
+        return started(self.pid) == self.started
 
 
 class Lease:
@@ -263,22 +263,3 @@ def _leave_no_folder(storage: Storage) -> None:
     if folder is not None:
         with suppress(OSError):  # not empty, as a rule
             folder.rmdir()
-
-
-def _machine() -> str:
-    """Of the pid namespace this process lives in; "" where the system does not say."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str:
-    """When the process began, in ticks since boot; "" when there is none, or it is a zombie."""
-    try:
-        # pid (name) state ppid ...; the name may hold spaces and brackets
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]

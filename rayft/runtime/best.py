@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 from rayft.config.run import Run
 from rayft.config.space import applied
 from rayft.core.ledger import read_ledger
+from rayft.core.process import temporary
 from rayft.core.record import RunRecord, SweepRecord, stored
 from rayft.core.storage import Storage
 from rayft.runtime.book import Fence
@@ -59,7 +59,7 @@ def copy_winner(home: str, trial: str) -> str:
     # COMMIT.json last: a reader must never see half a checkpoint
     wanted.sort(key=lambda name: name.endswith("COMMIT.json"))
     wanted += [e.name for e in source.list() if e.name.startswith("metrics")]
-    with tempfile.TemporaryDirectory(prefix="rayft-best-") as folder:
+    with temporary("best") as folder:
         for name in wanted:
             local = source.download(name, Path(folder) / "file")
             target.upload(local, name)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 import ray
@@ -52,6 +53,7 @@ def connected(
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    process.remove_dead()
     if ray.is_initialized():
         with _watched(interrupt, own=False) as watch:
             yield watch
@@ -96,7 +98,11 @@ def _abandon(own: bool) -> None:
     """
     atexit.unregister(ray.shutdown)
     if own:
-        ray._private.worker._global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        node = ray._private.worker._global_node
+        servers = [info.process.pid for each in node.all_processes.values() for info in each]
+        below = process.families(servers)  # workers and agents would wait for the GCS as well
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+        process.kill(below)
     process.abandoned.set()
 
 
@@ -141,6 +147,10 @@ def _start(options: dict, dashboard: bool) -> None:
             cause="no cluster there, or another token (RAY_AUTH_TOKEN)" if address else "",
             fix="ray status" if address else "look into /tmp/ray/session_latest/logs",
         ) from error
+    if not address:
+        session = Path(ray._private.worker._global_node.get_session_dir_path())
+        process.own_session(session)
+        process.remove_dead_sessions(session.parent)
 
 
 def _memory() -> int:

@@ -8,7 +8,6 @@ local folder of its own, and the state comes from rayft's commits.
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rayft.compose.job import Job, Outcome
 from rayft.config.run import ScaleSpec
 from rayft.core.address import redact
+from rayft.core.process import temporary
 from rayft.runtime.control import Control, Event
 from rayft.runtime.driver_context import DriverContext, passed_on
 from rayft.runtime.failure import Failure, WorkerFailed, at_step, caught, first
@@ -67,7 +67,7 @@ def launch(
         control = Control(name)
     except RayError as error:
         raise WorkerFailed(caught(error)) from error
-    with tempfile.TemporaryDirectory(prefix="rayft-", ignore_cleanup_errors=True) as folder:
+    with temporary("attempt") as folder:
         trainer = TorchTrainer(
             work,
             train_loop_config={

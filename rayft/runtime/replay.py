@@ -11,7 +11,6 @@ we: the trials of the past are its own class, without a process.
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from ray.tune.schedulers import (
 
 from rayft.config.run import Run
 from rayft.core.ledger import ENDED, Book, metrics_in
+from rayft.core.process import temporary
 from rayft.core.storage import Storage
 from rayft.runtime.trial import SCORE, score_of, write_pointer
 
@@ -194,7 +194,7 @@ class _Past:
 
     def __init__(self, trials: Storage) -> None:
         self._trials = trials
-        self._folder = tempfile.TemporaryDirectory(prefix="rayft-tune-", ignore_cleanup_errors=True)
+        self._folder = temporary("tune")
 
     def get_live_trials(self) -> list[Trial]:
         """None waits for another one to yield."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from rayft.compose.job import Job, Outcome
 from rayft.core.errors import InterruptedRun
+from rayft.core.process import remove_dead, temporary
 from rayft.runtime.book import Book
 from rayft.runtime.failure import WorkerFailed, caught
 from rayft.runtime.interrupt import Interrupt
@@ -69,7 +69,8 @@ def _group(backend: str) -> Iterator[None]:
         return
     former = {name: os.environ.get(name) for name in _ENV}
     os.environ.update(_ENV)
-    with tempfile.TemporaryDirectory(prefix="rayft-") as folder:
+    remove_dead()
+    with temporary("group") as folder:
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         try:
             yield

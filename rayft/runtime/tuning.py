@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -14,6 +13,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher, SearchGenerator
 
 from rayft.config.run import Run
+from rayft.core.process import temporary
 from rayft.runtime.failure import first_line
 from rayft.runtime.trial import trial_class
 
@@ -179,7 +179,7 @@ class Phase(threading.Thread):
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(most)
-        self._folder = tempfile.TemporaryDirectory(prefix="rayft-tune-", ignore_cleanup_errors=True)
+        self._folder = temporary("tune")
         # On the driver's node: Tune keeps its pointer files there, and nothing else of a trial.
         here = f"node:{ray.util.get_node_ip_address()}"
         place = tune.PlacementGroupFactory([{"CPU": 0, here: 0.001}])

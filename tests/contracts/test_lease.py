@@ -18,6 +18,7 @@ import pytest
 from rayft.core import lease as leases
 from rayft.core.errors import InUseError, RayftError
 from rayft.core.lease import LEASE, Holder, Lease
+from rayft.core.process import started
 from rayft.core.storage import Storage
 from tests.contracts.s3 import s3_server
 
@@ -127,7 +128,7 @@ def test_a_pid_used_again_is_not_taken_for_the_holder() -> None:
 
 def test_a_zombie_holds_nothing() -> None:
     child = subprocess.Popen(["sleep", "60"])
-    holder = replace(Holder.here(), pid=child.pid, started=leases._started(child.pid))
+    holder = replace(Holder.here(), pid=child.pid, started=started(child.pid))
     assert holder.alive is True
     child.kill()
     until(lambda: holder.alive is False)  # not waited for: still in the process table

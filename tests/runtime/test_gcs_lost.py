@@ -11,6 +11,7 @@ import pytest
 from test_driver import LONG, committed, start, status, until
 
 from rayft.core.errors import ClusterLostError, InterruptedRun
+from rayft.core.process import started
 from rayft.runtime.gcs import GcsWatch, patience
 from rayft.runtime.interrupt import Interrupt
 
@@ -80,4 +81,4 @@ def test_a_killed_gcs_is_told_and_the_run_is_not_left_running(a_run, start):
     assert status(run) == "interrupted"
     record = json.loads((Path(run.storage) / run.name / "run.json").read_text())
     assert "(GCS) is gone" in record["error"] and record["steps"] >= 10
-    until(lambda: not any(child.is_running() for child in children), 60)
+    until(lambda: not any(started(child.pid) for child in children), 10)
