@@ -49,6 +49,21 @@ def committed(run):
     return int(path.read_text()) if path.exists() else 0
 
 
+def take_lease(file, text):
+    """Write it (None: delete it), again where a renewal that was under way came after it."""
+    since = time.monotonic()
+    while time.monotonic() - since < 0.5:
+        if (file.read_text() if file.exists() else None) != text:
+            if text is None:
+                file.unlink()
+            else:
+                other = file.with_suffix(".other")
+                other.write_text(text)
+                other.replace(file)  # whole at once, as storage writes it
+            since = time.monotonic()
+        time.sleep(0.01)
+
+
 def record(run):
     return json.loads((Path(run.storage) / run.name / "run.json").read_text())
 
@@ -78,7 +93,7 @@ def test_a_driver_that_was_taken_over_stops_and_writes_nothing_more(a_run, start
     first = start(run)
     until(lambda: committed(run) >= 2)
     home = Path(run.storage) / "r"
-    (home / LEASE).write_text(json.dumps(asdict(replace(Holder.here(), pid=os.getpid()))))
+    take_lease(home / LEASE, json.dumps(asdict(replace(Holder.here(), pid=os.getpid()))))
     _, said = first.communicate(timeout=60)
     assert first.returncode == 1 and f"another driver took over {home}" in said
     assert record(run)["status"] == "running"  # what the other one's record says is its business
@@ -92,7 +107,7 @@ def test_without_its_lease_a_driver_stops_and_the_same_command_goes_on(a_run, st
     first = start(run)
     until(lambda: committed(run) >= 2)
     lease = Path(run.storage) / "r" / LEASE
-    lease.write_text(damage) if damage else lease.unlink()
+    take_lease(lease, damage or None)
     text = first.communicate(timeout=60)[1]
     assert first.returncode == 1 and f"{lease} {said}" in text and "the same command" in text
     assert (

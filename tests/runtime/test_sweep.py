@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_one_driver import take_lease
 
 from rayft.compose.offline import evaluate_run
 from rayft.config.load import load
@@ -245,14 +246,14 @@ def test_a_driver_without_its_lease_writes_nothing_more(tmp_path, monkeypatch, t
     """Neither it nor its hosts; and a sweep that was called done by such a driver goes on."""
     monkeypatch.setattr(lease, "RENEW", 0.2)
     block = {"trials": 4, "scheduler": {"kind": "asha", "factor": 2}, "seeds": 2}
-    run = load(config(tmp_path, block, train=BASE["train"] | {"steps": 60}))
+    run = load(config(tmp_path, block, train=BASE["train"] | {"steps": 30}))
     file, seen = tmp_path / "s" / lease.LEASE, {}
 
     def lose():
         """Once a trial has reported."""
         while not any(told(tmp_path).values()):
             time.sleep(0.05)
-        file.write_text(json.dumps(asdict(lease.Holder.here()))) if taken else file.unlink()
+        take_lease(file, json.dumps(asdict(lease.Holder.here())) if taken else None)
 
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
