@@ -137,7 +137,7 @@ def test_what_people_see(book):
     ]
     shown = table(state)
     assert [list(column.cells) for column in shown.columns][0] == ["t0001"]
-    assert list(shown.columns[3].cells) == ["lr=0.001"]
+    assert [str(cell) for cell in shown.columns[3].cells] == ["lr=0.001"]
 
 
 def test_room_on_a_cluster():
