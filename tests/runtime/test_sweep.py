@@ -135,7 +135,10 @@ def test_asha_stops_early_and_slots_are_taken_again(tmp_path, monkeypatch):
     often = BASE["train"] | {"save_every": 4}
     block = {"trials": 8, "scheduler": {"kind": "asha", "factor": 2}}
     driver = started(tmp_path, block, train=often)
-    said = driver.communicate(timeout=200)[0]  # it used to take 600 s and more
+    try:
+        said = driver.communicate(timeout=200)[0]  # it used to take 600 s and more
+    finally:
+        driver.kill()
     assert driver.returncode == 0, said
     record = SweepRecord.from_json((tmp_path / "s/sweep.json").read_text())
     trials = read_ledger(home(tmp_path)).trials.values()
