@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
+    from commands import Commands
     from lab import Lab
     from tally import Tally
 
@@ -53,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     from lab import Lab
     from tally import table
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
     base = Path(tempfile.mkdtemp(prefix="chaos-", dir=args.folder))  # short: sockets lie below
     commands, tallies = Commands(base), []
+    _ends_with_us(commands)
     lab = Lab(base, commands, args.seed, args.scale)
     lab.notes |= {key: json.loads(value) for key, _, value in (s.partition("=") for s in args.set)}
     try:
@@ -71,6 +72,16 @@ def main(argv: list[str] | None = None) -> int:
     else:
         shutil.rmtree(base, ignore_errors=True)
     return int(broken)
+
+
+def _ends_with_us(commands: Commands) -> None:
+    """SIGTERM (a time limit's, as a rule) also ends what was started; no case is waited for."""
+
+    def end(*_: object) -> None:
+        commands.close()
+        os._exit(143)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
