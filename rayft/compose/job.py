@@ -27,6 +27,7 @@ class Job:
     data_hash: str  # Prepared.hash
     source: str = ""  # checkpoint folder of another run to begin from, if this one has none yet
     export: bool = True  # write the hub layout at the end
+    lease: str = ""  # the driver's claim; metrics are written while no other one has the run
     insist: bool = True  # stop where all commits are damaged; else begin again at step 0
 
 

@@ -24,6 +24,7 @@ from rayft.compose.manifest import folder_name
 from rayft.core.address import above
 from rayft.core.errors import PermanentStorageError, StorageError
 from rayft.core.jsonl import Appender
+from rayft.core.lease import LeaseWatch
 from rayft.core.series import METRICS, gaps
 from rayft.core.shards import Shard
 from rayft.core.storage import Storage
@@ -113,6 +114,7 @@ class Session:
             config=self.job.digest,
         )
         self.generators = self.generators or GlobalGenerators(self.device)
+        self.lease = LeaseWatch(self.storage, self.job.lease)
         self.metrics = Appender(self.storage, METRICS) if self.rank == 0 else None
 
     # ---- restore
@@ -293,5 +295,6 @@ class Session:
     def _record(self, kind: str, line: dict[str, Any]) -> None:
         """Rank 0: to storage and to the driver."""
         if self.metrics is not None:
+            self.lease.check()
             self.metrics.append(line)
         self.signals.progress({**line, "kind": kind, "steps": self.parts.steps})

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import socket
@@ -197,6 +198,32 @@ def _dead(storage: Storage, seen: Holder) -> bool:
         if (now.id, now.counter) != (seen.id, seen.counter):
             return False
     return True
+
+
+@dataclass
+class LeaseWatch:
+    """For whoever writes in the name of a lease's holder from elsewhere: a training loop that may
+    have stood still for long, a worker whose driver does.
+
+    Args:
+        storage: the folder of the lease.
+        id: of the claim; "" where there is none, and nothing is looked at.
+    """
+
+    storage: Storage
+    id: str
+    looked: float = -math.inf  # by time.monotonic
+
+    def check(self) -> None:
+        """To be asked before every write; reads the lease once in a while.
+
+        Raises:
+            InUseError: another driver has taken over.
+        """
+        if self.id and time.monotonic() - self.looked > 2 * RENEW:
+            if superseded(self.storage, self.id):
+                raise InUseError(f"another driver took over {self.storage.shown()}")
+            self.looked = time.monotonic()
 
 
 def superseded(storage: Storage, id: str) -> bool:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from rayft.core.errors import (
     DamagedError,
     DeadGradientError,
+    InUseError,
     PermanentStorageError,
     RayftError,
 )
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 SAME = 3  # the same error at the same step so often is no accident
 FINAL = frozenset({2, 3, 4, 5, 75})  # exit codes that another attempt cannot change
-HOPELESS = (PermanentStorageError, DeadGradientError, DamagedError)  # whatever their exit codes
+HOPELESS = (PermanentStorageError, DeadGradientError, DamagedError, InUseError)  # whatever code
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds
 
 

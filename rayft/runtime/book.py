@@ -61,6 +61,7 @@ class Book:
         self._trackers: Trackers | None = None
         self._begun = False  # before it has, errors leave run.json as it is
         self.fence: Fence = lambda now: None
+        self.lease = ""  # id of the claim
 
     @property
     def done(self) -> bool:
@@ -146,6 +147,7 @@ class Book:
             source=self._source,
             export=self._export,
             insist=self._insist,
+            lease=self.lease,
         )
 
     def hear(self, events: Sequence[Event]) -> int | None:

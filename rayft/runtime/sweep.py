@@ -12,7 +12,14 @@ from ray.tune.schedulers import FIFOScheduler
 
 from rayft.config.rules import refuse
 from rayft.config.run import Run
-from rayft.core.errors import ConfigError, DivergedError, InterruptedRun, RayftError, StorageError
+from rayft.core.errors import (
+    ClusterLostError,
+    ConfigError,
+    DivergedError,
+    InterruptedRun,
+    RayftError,
+    StorageError,
+)
 from rayft.core.lease import Lease
 from rayft.core.record import SweepRecord
 from rayft.core.storage import Storage
@@ -244,6 +251,8 @@ class _Sweep:
         self._looked = now
         try:
             seen = ray.get(desk.look.remote(), timeout=10)
+        except ray.exceptions.RayActorError as error:
+            raise self._placer_lost() from error
         except (ray.exceptions.RayError, TimeoutError):
             return
         self.book.news += seen["news"]
@@ -252,6 +261,21 @@ class _Sweep:
             self._noted = now
             for name, numbers in seen["packs"].items():
                 self.book.pack(name, numbers)
+
+    def _placer_lost(self) -> RayftError:
+        """Every host went with the desk: no trial can go on under this driver.
+
+        Raises:
+            InUseError, RayftError: it left because the lease is lost.
+        """
+        self.book.fence(now=True)
+        self.book.interrupted = True  # trials that ran are not over
+        self.interrupt.stop()  # Tune's thread too
+        return ClusterLostError(
+            "the process that places trials died, and all packs with it",
+            cause="killed, or out of memory on the driver's node: see Ray's logs",
+            fix=self.again,
+        )
 
     def _tell(self) -> None:
         while self.book.news:

@@ -74,7 +74,7 @@ def train(
             Lease.held(home, interrupt.stop) as lease,
         ):
             book.home = home.existing()
-            book.fence = _fence(lease, seat)
+            book.fence, book.lease = _fence(lease, seat), lease.id
             # Another driver may have ended while this one began.
             (book.restart if restart else book.reread)()
             if book.done:

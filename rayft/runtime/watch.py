@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import wait
 from typing import Any
 
+import ray
+
 from rayft.config.run import Run
 from rayft.core.ledger import Trial
 from rayft.runtime.sweepbook import SweepBook
@@ -39,6 +41,16 @@ class Leaving:
                 return False
             wait([asked], 0.5)
         return True
+
+    def hostless(self) -> bool:
+        """Whether the desk is dead, and every host with it."""
+        try:
+            ray.get(self._desk.warm.remote(), timeout=30)
+        except ray.exceptions.RayActorError:
+            return True
+        except (ray.exceptions.RayError, TimeoutError):  # busy: it lives
+            return False
+        return False
 
     def close(self) -> None:
         """All hosts are gone."""
@@ -74,7 +86,10 @@ class Watch:
         self._book.ended(trial, params, result)
 
     def broke(self, trial: str, params: dict[str, Any], why: str) -> None:
-        """See tuning.Watcher."""
+        """See tuning.Watcher. Where the desk died it is not the trial's fault: the driver stops,
+        and the trial goes on with the same command."""
+        if self._leaving.hostless():
+            return
         self._leaving.ask(trial, keep=False)
         self._book.broke(trial, params, why)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,9 @@ from rayft.compose.publish import choose_commit, publish
 from rayft.compose.session import Session
 from rayft.config.load import load
 from rayft.config.run import Run
-from rayft.core.errors import ConfigError, StorageError
+from rayft.core.errors import ConfigError, InUseError, StorageError
+from rayft.core.jsonl import read_jsonl
+from rayft.core.lease import LEASE, RENEW, Holder, Lease, LeaseWatch
 from rayft.core.record import Best, RunRecord
 from rayft.core.storage import Storage
 from rayft.models.chunked import LogitMap
@@ -55,6 +57,23 @@ class Heard:
 
     def progress(self, event: dict) -> None:
         self.events.append(event)
+
+
+def test_who_was_superseded_while_it_stood_still_writes_no_metrics(tmp_path, monkeypatch):
+    """A suspended driver wakes in the middle of a step; so may a worker whose driver is gone."""
+    home = Storage.open(str(tmp_path)).child("small")
+    monkeypatch.setattr("rayft.core.lease.SETTLE", 0.0)
+    with Lease.held(home) as lease:
+        made = session(tmp_path)
+        made.lease = LeaseWatch(made.storage, lease.id)
+        made.evaluate(0)
+        home.write_text(LEASE, json.dumps(asdict(Holder.here())))
+        made.evaluate(1)  # it has just looked
+        made.lease.looked -= 2 * RENEW  # as if it had stood still since
+        with pytest.raises(InUseError, match="another driver took over"):
+            made.evaluate(2)
+    made.abandon()
+    assert [row["step"] for row in read_jsonl(home, "metrics.jsonl")] == [0, 1]
 
 
 def session(folder: Path, *changes: str) -> Session:

@@ -15,7 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayft.compose.data import prepare_data
 from rayft.config.load import load
+from rayft.core.errors import ClusterLostError
 from rayft.core.ledger import read_ledger
+from rayft.core.record import SweepRecord
 from rayft.runtime.cluster import connected
 from rayft.runtime.own import OwnSeat
 from rayft.runtime.sweep import sweep
@@ -91,6 +93,33 @@ def test_a_pack_that_breaks_is_started_again(ray_here, tmp_path, capsys):
     assert [trial.status for trial in trials] == ["done"] * 4
     assert all([r.step for r in t.reports] == list(range(4, 41, 4)) for t in trials)
     assert "pack-0 is started again: RuntimeError: broken on purpose" in capsys.readouterr().err
+
+
+def test_a_lost_placer_fails_no_trial(ray_here, tmp_path):
+    """All hosts go with it: the driver stops (75), and the same command goes on."""
+    block = {"trials": 4, "packs": 2, "slots": 2, "scheduler": "none"}
+    run = load(config(tmp_path, block, train=BASE["train"] | {"steps": 40}))
+    killed = []
+
+    def kill():
+        until(lambda: any(told(tmp_path).values()), 200)
+        name = next(n for n in list_named_actors() if n.startswith("rayft-s-desk"))
+        ray.kill(ray.get_actor(name))
+        killed.append(name)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    with pytest.raises(ClusterLostError, match="process that places trials died"):
+        sweep(run)
+    thread.join(1)
+    assert killed
+    assert SweepRecord.from_json(home(tmp_path).read_bytes("sweep.json")).status == "interrupted"
+    trials = read_ledger(home(tmp_path)).trials.values()
+    assert {trial.status for trial in trials} <= {"running", "done"}
+    assert sweep(run).status == "done"
+    trials = read_ledger(home(tmp_path)).trials.values()
+    assert [trial.status for trial in trials] == ["done"] * 4
+    assert all([r.step for r in t.reports] == list(range(4, 41, 4)) for t in trials)
 
 
 def break_once():
