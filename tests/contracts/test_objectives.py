@@ -75,4 +75,5 @@ def test_ignored_labels_change_nothing(spec):
         masked[0] = IGNORE
         after = objective.loss(policy, dataclasses.replace(rows, labels=masked), ones)["nll"]
     assert before[0] > 0 and after[0] == 0
-    assert torch.equal(before[1:], after[1:])
+    # fewer positions reach the head: a matrix product of another shape may add in another order
+    torch.testing.assert_close(before[1:], after[1:], rtol=1e-6, atol=0)

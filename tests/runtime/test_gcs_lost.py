@@ -64,12 +64,16 @@ def test_more_patience_with_a_cluster_that_somebody_else_looks_after(monkeypatch
     assert patience(own=False) == 180
 
 
+def recorded(run):
+    return json.loads((Path(run.storage) / run.name / "run.json").read_text())
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(200)
 def test_a_killed_gcs_is_told_and_the_run_is_not_left_running(a_run, start):
     run = a_run(**LONG)
     driver = start(run)
-    until(lambda: committed(run) >= 10, 100)
+    until(lambda: committed(run) >= 10 and recorded(run)["steps"] >= 10, 100)
     children = psutil.Process(driver.pid).children(recursive=True)
     (gcs,) = [child for child in children if child.name() == "gcs_server"]
     began = time.monotonic()
@@ -79,6 +83,6 @@ def test_a_killed_gcs_is_told_and_the_run_is_not_left_running(a_run, start):
     assert driver.returncode == 75, said
     assert "interrupted: Ray's control process (GCS) is gone" in said and "Traceback" not in said
     assert status(run) == "interrupted"
-    record = json.loads((Path(run.storage) / run.name / "run.json").read_text())
+    record = recorded(run)
     assert "(GCS) is gone" in record["error"] and record["steps"] >= 10
     until(lambda: not any(started(child.pid) for child in children), 10)

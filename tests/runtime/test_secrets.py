@@ -173,7 +173,8 @@ def test_a_run_on_ray_works_and_leaves_no_trace_of_them(quiet, store, tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(config("unused", data, scale={"workers": 1, "gpus": 0})))
     token = "hf_ThisIsASecretTokenOfTheHub"
-    temporary, ray_files = tmp_path / "tmp", Path(os.environ["RAY_TMPDIR"]) / "s"
+    short = Path(os.environ["RAY_TMPDIR"])  # a socket's path has at most 107 bytes
+    temporary, ray_files = short / "t", short / "s"
     temporary.mkdir()
     ray_files.mkdir()
     environment = os.environ | {
@@ -193,6 +194,7 @@ def test_a_run_on_ray_works_and_leaves_no_trace_of_them(quiet, store, tmp_path):
     secrets = (key, secret, token)
     assert not [s for s in secrets if s in done.stdout + done.stderr]
     assert not found_on(store, *secrets) and not found_in(tmp_path, *secrets)
+    assert not found_in(temporary, *secrets)
     assert list(ray_files.rglob("*.log")), "Ray's logs were looked at"
     assert not found_in(ray_files, *secrets)
 
