@@ -1,7 +1,7 @@
 """A process that has torch, transformers and rayft loaded, and forks a `rayft` command on request.
 
 A fresh `rayft train` on a CPU spends ten seconds on imports; a fork of this process needs none, and
-runs the same `rayft.cli.main` on the same arguments. `commands.py` speaks to it: one JSON line
+runs the same `rayft.entry.main` on the same arguments. `commands.py` speaks to it: one JSON line
 per command over a Unix socket in, {"pid"} and at its end {"code"} out. It ends with its parent.
 """
 
@@ -18,6 +18,7 @@ import sys
 import tempfile
 
 WARM = (
+    "rayft.entry",
     "rayft.cli",
     "rayft.runtime.train",
     "rayft.runtime.solo",
@@ -99,10 +100,10 @@ def _run(wish: dict) -> int:
     os.dup2(out, 2)
     os.environ.update(wish["env"])
     tempfile.tempdir = None  # TMPDIR may be another one now
-    from rayft.cli import main
+    from rayft.entry import main
 
     sys.argv = ["rayft", *wish["argv"]]
-    code = main(wish["argv"])
+    code = main()
     import logging
 
     logging.shutdown()
