@@ -219,11 +219,17 @@ class LeaseWatch:
 
         Raises:
             InUseError: another driver has taken over.
+            RayftError: the lease is gone or damaged. Another driver may have taken over, and ended.
         """
-        if self.id and time.monotonic() - self.looked > 2 * RENEW:
-            if superseded(self.storage, self.id):
-                raise InUseError(f"another driver took over {self.storage.shown()}")
-            self.looked = time.monotonic()
+        if not self.id or time.monotonic() - self.looked <= 2 * RENEW:
+            return
+        try:
+            seen = _see(self.storage)
+        except StorageError:  # for the driver to judge
+            return
+        if not isinstance(seen, Holder) or seen.id != self.id:
+            raise _why_lost(self.storage, seen)
+        self.looked = time.monotonic()
 
 
 def superseded(storage: Storage, id: str) -> bool:

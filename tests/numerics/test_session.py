@@ -22,7 +22,7 @@ from rayft.compose.publish import choose_commit, publish
 from rayft.compose.session import Session
 from rayft.config.load import load
 from rayft.config.run import Run
-from rayft.core.errors import ConfigError, InUseError, StorageError
+from rayft.core.errors import ConfigError, RayftError, StorageError
 from rayft.core.jsonl import read_jsonl
 from rayft.core.lease import LEASE, RENEW, Holder, Lease, LeaseWatch
 from rayft.core.record import Best, RunRecord
@@ -59,7 +59,8 @@ class Heard:
         self.events.append(event)
 
 
-def test_who_was_superseded_while_it_stood_still_writes_no_metrics(tmp_path, monkeypatch):
+@pytest.mark.parametrize("ended", [False, True])
+def test_who_was_superseded_while_it_stood_still_writes_no_metrics(tmp_path, monkeypatch, ended):
     """A suspended driver wakes in the middle of a step; so may a worker whose driver is gone."""
     home = Storage.open(str(tmp_path)).child("small")
     monkeypatch.setattr("rayft.core.lease.SETTLE", 0.0)
@@ -67,10 +68,13 @@ def test_who_was_superseded_while_it_stood_still_writes_no_metrics(tmp_path, mon
         made = session(tmp_path)
         made.lease = LeaseWatch(made.storage, lease.id)
         made.evaluate(0)
-        home.write_text(LEASE, json.dumps(asdict(Holder.here())))
+        if ended:  # the other one has the run, or has had it
+            home.delete(LEASE)
+        else:
+            home.write_text(LEASE, json.dumps(asdict(Holder.here())))
         made.evaluate(1)  # it has just looked
         made.lease.looked -= 2 * RENEW  # as if it had stood still since
-        with pytest.raises(InUseError, match="another driver took over"):
+        with pytest.raises(RayftError, match="was deleted" if ended else "another driver took"):
             made.evaluate(2)
     made.abandon()
     assert [row["step"] for row in read_jsonl(home, "metrics.jsonl")] == [0, 1]
