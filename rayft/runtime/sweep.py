@@ -12,14 +12,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from rayft.config.rules import refuse
 from rayft.config.run import Run
-from rayft.core.errors import (
-    ClusterLostError,
-    ConfigError,
-    DivergedError,
-    InterruptedRun,
-    RayftError,
-    StorageError,
-)
+from rayft.core.errors import ConfigError, DivergedError, InterruptedRun, RayftError, StorageError
 from rayft.core.lease import Lease
 from rayft.core.record import SweepRecord
 from rayft.core.storage import Storage
@@ -31,7 +24,7 @@ from rayft.runtime.replay import Replayed
 from rayft.runtime.schedule import scheduler
 from rayft.runtime.search import Fixed, Search
 from rayft.runtime.sweepbook import SweepBook
-from rayft.runtime.sweepend import goes_on, leave_report, nothing_found
+from rayft.runtime.sweepend import goes_on, leave_report, nothing_found, placer_lost
 from rayft.runtime.sweepview import SweepView, sweep_view
 from rayft.runtime.tuning import WAITING, Phase
 from rayft.runtime.watch import Watch, state_of
@@ -263,19 +256,11 @@ class _Sweep:
                 self.book.pack(name, numbers)
 
     def _placer_lost(self) -> RayftError:
-        """Every host went with the desk: no trial can go on under this driver.
-
-        Raises:
-            InUseError, RayftError: it left because the lease is lost.
-        """
-        self.book.fence(now=True)
+        """Every host went with the desk: no trial can go on under this driver."""
+        self.book.fence(now=True)  # it may have left because the lease is lost
         self.book.interrupted = True  # trials that ran are not over
         self.interrupt.stop()  # Tune's thread too
-        return ClusterLostError(
-            "the process that places trials died, and all packs with it",
-            cause="killed, or out of memory on the driver's node: see Ray's logs",
-            fix=self.again,
-        )
+        return placer_lost(self.again)
 
     def _tell(self) -> None:
         while self.book.news:

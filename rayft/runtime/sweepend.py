@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rayft.core.errors import DivergedError, RayftError
+from rayft.core.errors import ClusterLostError, DivergedError, RayftError
 from rayft.runtime.sweepbook import SweepBook
 from rayft.runtime.sweepview import SweepView
 
@@ -49,3 +49,12 @@ def nothing_found(book: SweepBook, reason: str) -> RayftError:
     cause = next((trial.error for trial in trials if trial.error), "")
     what, fix = f"all {len(trials)} trials failed", "read the failures in the report"
     return RayftError(what, where=where, cause=cause, fix=fix)
+
+
+def placer_lost(again: str) -> ClusterLostError:
+    """The desk is dead, and every host with it."""
+    return ClusterLostError(
+        "the process that places trials died, and all packs with it",
+        cause="killed, or out of memory on the driver's node: see Ray's logs",
+        fix=again,
+    )

@@ -83,12 +83,13 @@ def train(
                 book.note(f"continuing run {run.name} ({book.record.status}): {home.shown()}")
             try:
                 return _train(run, book, interrupt, engine, prepare or _prepare(), again)
-            except BaseException as error:  # whatever it was, the lost lease is why
+            except BaseException:  # whatever it was, the lost lease is why
                 if not lease.lost:
                     raise
                 why = lease.error()
                 gone = isinstance(why, PermanentStorageError)
-                raise (book.with_last_commit(why) if gone else why) from error
+                # From None: a traceback in the folder of the run would be a write too.
+                raise (book.with_last_commit(why) if gone else why) from None
     finally:
         book.close()
 
