@@ -97,6 +97,8 @@ def _s3(parts: Parts, address: str) -> tuple[Any, str]:
             raise ValueError("an access key and its secret come together: s3://KEY:SECRET@bucket")
         options |= {"access_key": known.access_key, "secret_key": known.secret_key}
         options |= {"session_token": known.session_token} if known.session_token else {}
+    if "endpoint_override" not in options and (endpoint := _endpoint_of_environment()):
+        options["endpoint_override"] = endpoint
     options |= _endpoint(options)
     if "endpoint_override" in options:
         if not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
@@ -105,6 +107,13 @@ def _s3(parts: Parts, address: str) -> tuple[Any, str]:
         options["region"] = resolve_s3_region(parts.place)
     path = unquote(f"{parts.place}{parts.path}").rstrip("/")
     return S3FileSystem(**options), path
+
+
+def _endpoint_of_environment() -> str:
+    """What the AWS tools read where an address names no endpoint; "" without."""
+    if os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
+        return ""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
 def _check_bucket(parts: Parts) -> None:

@@ -187,6 +187,15 @@ def test_probe_names_the_place_and_the_reason(tmp_path, s3):
     assert "secret" not in str(caught.value)
 
 
+def test_the_endpoint_of_the_environment_counts_as_for_other_tools(s3, monkeypatch):
+    endpoint = s3.partition("endpoint_override=")[2].partition("&")[0]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{endpoint}")
+    Storage.open("s3://bucket/environment").write_text("a", "b")
+    assert Storage.open(s3.format("environment")).read_text("a") == "b"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the address stands over it
+    assert Storage.open(s3.format("environment")).read_text("a") == "b"
+
+
 def test_senseless_uri_is_refused():
     for uri in ("s4://x/y", "s3://", "s3:///runs"):
         with pytest.raises(StorageError, match=f"cannot open {uri}: "):
