@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import random
 import re
 import time
@@ -38,6 +39,7 @@ class Retry:
     attempts: int = 5
     first: float = 0.2
     longest: float = 5.0
+    slow: float = math.inf  # seconds; what fails after so long is not asked again
 
     def run(self, doing: str, place: str, action: Callable[[], T]) -> T:
         """`action()`, again after transient errors; it must be safe to repeat.
@@ -48,13 +50,15 @@ class Retry:
             FileNotFoundError: as raised by `action`.
         """
         for n in range(self.attempts):
+            began = time.monotonic()
             try:
                 return action()
             except FileNotFoundError:
                 raise
             except OSError as error:
                 passing = is_transient(error)
-                if n + 1 == self.attempts or not passing:
+                slow = time.monotonic() - began > self.slow
+                if n + 1 == self.attempts or slow or not passing:
                     kind = StorageError if passing else PermanentStorageError
                     what = f"cannot {doing} {place}: {error.strerror or error}"
                     raise kind(what, cause=_cause(error), fix=_fix(error, place)) from error
