@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import random
 import re
 import time
@@ -21,6 +20,7 @@ _PERMANENT = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
     errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG, errno.EINVAL,
 }  # fmt: skip
+_SILENCE = re.compile("NETWORK_CONNECTION|curlCode", re.IGNORECASE)  # nothing answered
 _DENIED = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|Expired ?Token|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH"
     r"|INVALID_CLIENT_TOKEN|Bucket '[^']*' not found|HTTP status 40[13]",
@@ -39,7 +39,7 @@ class Retry:
     attempts: int = 5
     first: float = 0.2
     longest: float = 5.0
-    slow: float = math.inf  # seconds; what fails after so long is not asked again
+    silent: bool = True  # whether a store that does not answer at all is asked again
 
     def run(self, doing: str, place: str, action: Callable[[], T]) -> T:
         """`action()`, again after transient errors; it must be safe to repeat.
@@ -50,15 +50,14 @@ class Retry:
             FileNotFoundError: as raised by `action`.
         """
         for n in range(self.attempts):
-            began = time.monotonic()
             try:
                 return action()
             except FileNotFoundError:
                 raise
             except OSError as error:
                 passing = is_transient(error)
-                slow = time.monotonic() - began > self.slow
-                if n + 1 == self.attempts or slow or not passing:
+                unheard = not self.silent and _SILENCE.search(str(error)) is not None
+                if n + 1 == self.attempts or unheard or not passing:
                     kind = StorageError if passing else PermanentStorageError
                     what = f"cannot {doing} {place}: {error.strerror or error}"
                     raise kind(what, cause=_cause(error), fix=_fix(error, place)) from error

@@ -82,7 +82,7 @@ class Storage:
     def hasty(self) -> Storage:
         """The same folder, for a first look: what does not answer is not asked again (an
         object store's client has tried three times by then), but what answers that it is busy."""
-        return Storage(self._backend, self._root, self.uri, Retry(slow=2.0))
+        return Storage(self._backend, self._root, self.uri, Retry(silent=False))
 
     def shown(self, path: str = "") -> str:
         """The full address for people: without credentials and options. In a command, which must
