@@ -87,7 +87,7 @@ def _refusal(address: str, error: Exception) -> StorageError:
 
 
 def _s3(parts: Parts, address: str) -> tuple[Any, str]:
-    from pyarrow.fs import S3FileSystem, resolve_s3_region
+    from pyarrow.fs import AwsDefaultS3RetryStrategy, S3FileSystem, resolve_s3_region
 
     _check_bucket(parts)
     options = _options(parts.options)
@@ -106,7 +106,10 @@ def _s3(parts: Parts, address: str) -> tuple[Any, str]:
     elif "region" not in options:
         options["region"] = resolve_s3_region(parts.place)
     path = unquote(f"{parts.place}{parts.path}").rstrip("/")
-    return S3FileSystem(**options), path
+    # pyarrow's own choice (AwsStandardS3RetryStrategy) has a quota that a long run of 503s uses up;
+    # from then on it tries nothing again.
+    patient = AwsDefaultS3RetryStrategy(max_attempts=4)
+    return S3FileSystem(**options, retry_strategy=patient), path
 
 
 def _endpoint_of_environment() -> str:
