@@ -40,7 +40,7 @@ class Credentials:
 
 
 @dataclass(frozen=True)
-class Parts:
+class AddressParts:
     """A clean address. `path` is as written (percent-encoded), with its leading slash."""
 
     scheme: str
@@ -52,14 +52,14 @@ class Parts:
 _remembered: dict[str, Credentials] = {}  # by `_key`
 
 
-def parts_of(address: str) -> Parts | None:
+def parts_of(address: str) -> AddressParts | None:
     """The parts of a clean address; None for a local path."""
     found = _ADDRESS.fullmatch(address)
     if found is None:
         return None
     scheme, place, path, query = found.groups()
     options = dict(parse_qsl(query or "", keep_blank_values=True))
-    return Parts(scheme.lower(), place, path, options)
+    return AddressParts(scheme.lower(), place, path, options)
 
 
 def clean(address: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from rayft.core.address import Parts, clean, credentials_for, parts_of, shown
+from rayft.core.address import AddressParts, clean, credentials_for, parts_of, shown
 from rayft.core.errors import StorageError
 
 S3_OPTIONS = {
@@ -86,7 +86,7 @@ def _refusal(address: str, error: Exception) -> StorageError:
     )
 
 
-def _s3(parts: Parts, address: str) -> tuple[Any, str]:
+def _s3(parts: AddressParts, address: str) -> tuple[Any, str]:
     from pyarrow.fs import AwsDefaultS3RetryStrategy, S3FileSystem, resolve_s3_region
 
     _check_bucket(parts)
@@ -119,7 +119,7 @@ def _endpoint_of_environment() -> str:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
-def _check_bucket(parts: Parts) -> None:
+def _check_bucket(parts: AddressParts) -> None:
     if not parts.place:
         raise ValueError("it names no bucket")
     if not _BUCKET.fullmatch(parts.place):
@@ -152,7 +152,7 @@ def _endpoint(options: Mapping[str, Any]) -> dict[str, str]:
     return {"endpoint_override": found[0]} | ({"scheme": scheme} if scheme else {})
 
 
-def _gcs(address: str, parts: Parts) -> tuple[Any, str]:
+def _gcs(address: str, parts: AddressParts) -> tuple[Any, str]:
     from pyarrow.fs import FileSystem
 
     _check_bucket(parts)
