@@ -10,6 +10,7 @@ import errno
 import os
 import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -167,10 +168,10 @@ class Posix:
 
     def delete(self, path: str) -> None:
         place = Path(path)
-        if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place)
-        else:
-            place.unlink(missing_ok=True)
+        while place.is_dir() and not place.is_symlink():
+            with suppress(FileNotFoundError):  # a file in it that was replaced while we look
+                shutil.rmtree(place)
+        place.unlink(missing_ok=True)
         if place.parent.is_dir():
             sync_folder(place.parent)
 

@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -55,6 +56,17 @@ def test_what_is_written_is_read_listed_and_deleted(storage, tmp_path):
     storage.delete("a")
     assert listed(storage, recursive=True) == {}
     assert storage.list("missing") == []
+
+
+def test_a_folder_may_be_deleted_by_two_at_once(tmp_path):
+    """As an early stop and the retention of checkpoints do."""
+    storage = Storage.open(str(tmp_path))
+    for number in range(300):
+        (tmp_path / "folder" / str(number % 3)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / str(number % 3) / str(number)).touch()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: storage.delete("folder"), range(4)))
+    assert not storage.exists("folder")
 
 
 def test_missing_file_is_file_not_found(storage):

@@ -99,7 +99,8 @@ def test_a_lease_in_a_folder_that_vanished_is_no_takeover(tmp_path, monkeypatch)
     run = Run.model_validate(config(tmp_path / "runs"))
 
     def execute(job, rank, world, device, signals):
-        shutil.rmtree(tmp_path / "runs")
+        # moved, as an unmounted folder is gone: at once, whatever the lease is writing in it
+        (tmp_path / "runs").rename(tmp_path / "away")
         end = time.monotonic() + 30
         while not signals.stop_requested():
             assert time.monotonic() < end, "nobody noticed"
