@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from commands import Command, below, processes
-from lab import Lab, Place, committed, evidence, lines, record, shared_memory, trained, until
+from lab import Lab, Place, added, committed, evidence, lines, record, shared_memory, trained, until
 from tally import Case
 
 CASES = 15
@@ -93,7 +93,7 @@ def _same_command(case: Case, place: Place, command: Command, what: str, nodes: 
         os.kill(pid, signal.SIGKILL)
     until(lambda: len(STARTED.findall(command.text())) > starts or command.poll() is not None, WAIT)
     before = lines(place.home)
-    until(lambda: len(lines(place.home)) > len(before) or command.poll() is not None, WAIT)
+    until(lambda: _new(place, before) or command.poll() is not None, WAIT)
     if command.poll() is None:
         _judge_again(case, place, what, time.monotonic() - moment)
     begins = STARTED.findall(command.text())
@@ -127,16 +127,21 @@ def _new_command(case: Case, place: Place, command: Command, what: str) -> Comma
     case.twice.append(far - commit)
     before = lines(place.home)
     command = place.train()
-    until(lambda: len(lines(place.home)) > len(before) or command.poll() is not None, WAIT)
+    until(lambda: _new(place, before) or command.poll() is not None, WAIT)
     if command.poll() is None:
         _judge_again(case, place, what, time.monotonic() - command.began)
-    new = trained(lines(place.home)[len(before) :])
+    new = _new(place, before)
     case.check(
         "continues from the last commit",
         new[:1] == [commit + 1],
         f"{where}: from {new[:1]}, the last commit was {commit}",
     )
     return command
+
+
+def _new(place: Place, before: list[bytes]) -> list[int]:
+    """The steps trained since; the log loses what lies behind the last commit before it grows."""
+    return trained(added(before, lines(place.home)))
 
 
 def _judge_again(case: Case, place: Place, what: str, seconds: float) -> None:
