@@ -120,7 +120,7 @@ def _new_command(case: Case, place: Place, command: Command, what: str) -> Comma
     code = command.wait()
     if what == "GCS":
         said, status = command.text(), record(place.home).get("status")
-        own = code != 0 and "Traceback" not in said and "error:" in said
+        own = code == 75 and "Traceback" not in said and "(GCS) is gone" in said
         case.check("a lost GCS is told in rayft's words", own, f"{where}: {code}\n{said[-3000:]}")
         case.check("run.json does not say running", status != "running", f"{where}: {status}")
     commit, far = committed(place.home), max([0, *trained(lines(place.home))])
