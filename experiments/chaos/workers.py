@@ -1,4 +1,4 @@
-"""Storm 2: two workers on Ray; SIGKILL of one, of both, of the driver, of a raylet, of the GCS.
+"""Storm 2: two workers on Ray; SIGKILL of one, of both, of the driver, of a node, of the GCS.
 
 A killed worker or node costs a restart from the last commit inside the same command; a killed
 driver or GCS ends the command, and the same command continues. Bits as uninterrupted.
@@ -21,11 +21,11 @@ from lab import Lab, Place, added, committed, evidence, lines, record, shared_me
 from tally import Case
 
 CASES = 15
-PLAN = ("worker", "driver", "both workers", "GCS", "raylet")
+PLAN = ("worker", "driver", "both workers", "GCS", "node")
 TRAIN = {"steps": 240, "save_every": 3, "eval_every": 30, "global_batch": 4, "micro_batch": 2}
 WORKER = r"ray::.*RayTrainWorker"
 STARTED = re.compile(r"^step (\d+) +of ", re.MULTILINE)
-LIMITS = {"worker": 20.0, "both workers": 20.0, "driver": 40.0, "raylet": 60.0, "GCS": 60.0}
+LIMITS = {"worker": 20.0, "both workers": 20.0, "driver": 40.0, "node": 60.0, "GCS": 60.0}
 WAIT = 180.0
 
 
@@ -53,7 +53,7 @@ def run(case: Case, lab: Lab) -> None:
     """One of PLAN, by the case's number."""
     what, rng, memory = PLAN[case.number % len(PLAN)], lab.rng(case), shared_memory()
     place = _place(lab, case.name, f"w{case.number}")
-    with _nodes(place) if what == "raylet" else contextlib.nullcontext() as nodes:
+    with _nodes(place) if what == "node" else contextlib.nullcontext() as nodes:
         command = place.train()
         goal = rng.randint(4, 40)
         if not until(
@@ -81,16 +81,19 @@ def _same_command(case: Case, place: Place, command: Command, what: str, nodes: 
     root = nodes or command.pid
     workers = below(root, WORKER)
     starts, commit = len(STARTED.findall(command.text())), committed(place.home)
-    if what == "raylet":
+    if what == "node":  # its raylet, and with it at once all that runs there
         known = processes()
-        doomed = [known[workers[0]]["parent"]] if workers else []
+        raylets = [known[pid]["parent"] for pid in workers[:1]]
+        raylets = [pid for pid in raylets if "raylet/raylet" in known[pid]["name"]]
+        doomed = [pid for raylet in raylets for pid in (raylet, *below(raylet))]
     else:
         doomed = workers if what == "both workers" else workers[:1]
     if not doomed:
         raise RuntimeError(f"no process to kill for {what}: {below(root)}")
     moment = time.monotonic()
     for pid in doomed:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     until(lambda: len(STARTED.findall(command.text())) > starts or command.poll() is not None, WAIT)
     before = lines(place.home)
     until(lambda: _new(place, before) or command.poll() is not None, WAIT)
