@@ -134,9 +134,10 @@ def _new_command(case: Case, place: Place, command: Command, what: str) -> Comma
     if command.poll() is None:
         _judge_again(case, place, what, time.monotonic() - command.began)
     new = _new(place, before)
+    first = new[0] - 1 if new else -1  # a commit under way may have ended after the driver died
     case.check(
         "continues from the last commit",
-        new[:1] == [commit + 1],
+        first >= commit and first % TRAIN["save_every"] == 0,
         f"{where}: from {new[:1]}, the last commit was {commit}",
     )
     return command
