@@ -57,7 +57,11 @@ def run(case: Case, lab: Lab) -> None:
         command = place.train()
         goal = rng.randint(4, 40)
         if not until(
-            lambda: len(trained(lines(place.home))) >= goal or command.poll() is not None, WAIT
+            lambda: (
+                (STARTED.search(command.text()) and len(trained(lines(place.home))) >= goal)
+                or command.poll() is not None
+            ),
+            WAIT,
         ):
             raise RuntimeError(f"no training began: {command.text()}")
         case.faults[what] += 1
