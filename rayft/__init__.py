@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayft.config.run import Run
-    from rayft.core.record import RunRecord, SweepRecord
+    from rayft.records.run_record import RunRecord, SweepRecord
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load", "sweep", "train"]

@@ -10,7 +10,7 @@ from rayft.config.load import load
 from rayft.config.run import Run
 
 if TYPE_CHECKING:
-    from rayft.core.record import RunRecord, SweepRecord
+    from rayft.records.run_record import RunRecord, SweepRecord
 
 __all__ = ["load", "sweep", "train"]
 
@@ -30,7 +30,7 @@ def train(
         RayftError: see rayft.core.errors; each class has the command's exit code.
     """
     run = load(config, overrides)
-    from rayft.runtime.train import train as start  # torch and ray: only when training
+    from rayft.training.driver import train as start  # torch and ray: only when training
 
     return start(run, restart=restart)
 
@@ -45,6 +45,6 @@ def sweep(
         RayftError: see rayft.core.errors; each class has the command's exit code.
     """
     run = load(config, overrides)
-    from rayft.runtime.sweep import sweep as start  # ray: only when a sweep starts
+    from rayft.sweeps.driver import sweep as start  # ray: only when a sweep starts
 
     return start(run)

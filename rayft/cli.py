@@ -22,12 +22,12 @@ from rayft import unexpected
 from rayft.core.address import below, carried, clean, redact
 from rayft.core.console import say, takes
 from rayft.core.errors import MAX_LINES, ConfigError, RayftError, line_of
-from rayft.core.remote import refuse_malformed
 from rayft.entry import INTERRUPTED, RESUMED, SIGNALS
+from rayft.storage.remote import refuse_malformed
 
 if TYPE_CHECKING:
     from rayft.config.run import Run
-    from rayft.core.record import RunRecord, SweepRecord
+    from rayft.records.run_record import RunRecord, SweepRecord
 
 app = typer.Typer(
     help="Fine-tune language models on a Ray cluster, and find the best way to do it.",
@@ -80,7 +80,7 @@ def check(
         return
     if config is None:
         raise ConfigError("no config given", fix="rayft check CONFIG [a.b=c ...]")
-    from rayft.config.source import dump
+    from rayft.config.parse import dump
 
     run = rayft.load(config, overrides or ())
     for address in run.addresses():
@@ -106,7 +106,7 @@ def train(
     run = rayft.load(config, overrides or ())
     folder = below(run.storage, run.name)
     _folder.set(folder)
-    from rayft.runtime.train import train as start
+    from rayft.training.driver import train as start
 
     record = start(run, again=_typed("train", config, overrides), restart=restart)
     say("\n".join(_summary(record, folder)))
@@ -118,7 +118,7 @@ def sweep(config: Config, overrides: Overrides = None) -> None:
     run = rayft.load(config, overrides or ())
     folder = below(run.storage, run.name)
     _folder.set(folder)
-    from rayft.runtime.sweep import sweep as start
+    from rayft.sweeps.driver import sweep as start
 
     record = start(run, again=_typed("sweep", config, overrides))
     say("\n".join(_found(record, folder)))

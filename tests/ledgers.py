@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rayft.config.load import load
-from rayft.core.ledger import Ledger
-from rayft.core.record import SweepRecord
-from rayft.core.storage import Storage
+from rayft.records.ledger import Ledger
+from rayft.records.run_record import SweepRecord
+from rayft.storage.folder import Storage
 
 SPACE: dict[str, Any] = {
     "methods.0.rank": {"choice": [4, 8, 16, 32]},

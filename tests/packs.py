@@ -11,12 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayft.compose.data import prepare_data
 from rayft.compose.execute import execute
-from rayft.compose.job import Job, Prepared
+from rayft.compose.job import AttemptJob, PreparedData
 from rayft.config.load import load
 from rayft.config.run import Run
-from rayft.core.record import RunRecord
-from rayft.core.series import read_series
-from rayft.core.storage import Storage
+from rayft.records.run_record import RunRecord
+from rayft.records.series import read_series
+from rayft.storage.folder import Storage
 from rayft.trials.pack import Pack
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ class Lab:
     def __init__(self, folder: Path, *changes: str, steps: int = 50) -> None:
         self.folder, self._changes, self._steps = folder, changes, steps
         self._model = small_model(folder / "model")
-        self.ready: Prepared = prepare_data(
+        self.ready: PreparedData = prepare_data(
             self.run("first"), lambda function, items: [function(item) for item in items]
         )
 
@@ -80,10 +80,10 @@ class Lab:
         }
         return load(base, [*self._changes, *changes])
 
-    def job(self, run: Run, attempt: int = 1) -> Job:
+    def job(self, run: Run, attempt: int = 1) -> AttemptJob:
         """An attempt at `run`."""
         name = f"{attempt}x{run.seed}"
-        return Job(run.resolved(), run.digest(), name, self.ready.uri, self.ready.hash)
+        return AttemptJob(run.resolved(), run.digest(), name, self.ready.uri, self.ready.hash)
 
     def pack(self, *runs: Run, slots: int = 32, **more: Any) -> Pack:
         """A pack with these trials in."""

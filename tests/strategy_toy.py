@@ -23,9 +23,9 @@ from rayft.config.run import ModelSpec, OptimSpec, TrainSpec
 from rayft.config.strategies import DdpSpec, ZeroSpec
 from rayft.core.batch import IGNORE, Batch
 from rayft.core.errors import DeadGradientError
-from rayft.core.protocols import Engine, Group, Strategy
+from rayft.core.protocols import Engine, ParamGroup, Strategy
 from rayft.core.reduce import sum_over_ranks
-from rayft.core.shards import Shard
+from rayft.core.shards import StateShard
 from rayft.models.load import keep_nf4_as_loaded
 from rayft.strategies import build
 from rayft.strategies.optim import group_lrs, schedule
@@ -136,7 +136,7 @@ class Case:
     birth: bool = False  # measure the creation of a larger model, and nothing else
 
 
-def groups_of(model: nn.Module, method: str) -> list[Group]:
+def groups_of(model: nn.Module, method: str) -> list[ParamGroup]:
     """full: decay and no_decay. lora: LoRA+ (lr of B is 16 times that of A), nothing undecayed."""
     for param in model.parameters():
         param.requires_grad_(False)
@@ -148,13 +148,13 @@ def groups_of(model: nn.Module, method: str) -> list[Group]:
         named = dict(model.named_parameters())
         a = tuple(p for name, p in named.items() if "lora_A" in name)
         b = tuple(p for name, p in named.items() if "lora_B" in name)
-        return [Group("lora_A", a), Group("lora_B", b, lr_ratio=16.0)]
+        return [ParamGroup("lora_A", a), ParamGroup("lora_B", b, lr_ratio=16.0)]
     named = dict(model.named_parameters())
     for param in named.values():
         param.requires_grad_(True)
     norms = tuple(p for name, p in named.items() if "norm" in name)
     rest = tuple(p for name, p in named.items() if "norm" not in name)
-    return [Group("decay", rest), Group("no_decay", norms, decay=False)]
+    return [ParamGroup("decay", rest), ParamGroup("no_decay", norms, decay=False)]
 
 
 def load_base(model: ModelSpec, tied: bool) -> nn.Module:
@@ -214,7 +214,7 @@ def run_step(
     lrs: Mapping[str, float],
     poison: bool,
 ) -> tuple[float, float]:
-    """(global mean loss, gradient norm); the order of things is compose.loop.Stepper's."""
+    """(global mean loss, gradient norm); the order of things is compose.loop.StepRunner's."""
     window, count = batches(step, engine.rank, engine.world, micro)
     total = torch.zeros(1, dtype=torch.float64)
     for index, batch in enumerate(window):
@@ -235,7 +235,7 @@ def run_step(
 class Reader:
     """ShardReader over shards in memory."""
 
-    def __init__(self, shards: list[Shard]) -> None:
+    def __init__(self, shards: list[StateShard]) -> None:
         self._shards, self.world, self.scalars = shards, len(shards), shards[0].scalars
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -307,7 +307,7 @@ def run_case(case: Case, folder: Path) -> dict[str, Any]:
     return out
 
 
-def broken(model: nn.Module, groups: list[Group], how: str) -> None:
+def broken(model: nn.Module, groups: list[ParamGroup], how: str) -> None:
     """See Case.broken."""
     if how == "graph":
         layer = model.model.layers[0].self_attn
@@ -317,7 +317,7 @@ def broken(model: nn.Module, groups: list[Group], how: str) -> None:
             param.register_hook(torch.zeros_like)
 
 
-def same(one: Shard, two: Shard) -> bool:
+def same(one: StateShard, two: StateShard) -> bool:
     """Every slice bit-equal, and the step counter."""
     return one.scalars == two.scalars and all(
         torch.equal(tensor, two.slices[name].tensors[kind])

@@ -34,9 +34,9 @@ import rayft
 from rayft.compose.assemble import assemble
 from rayft.compose.data import Corpus
 from rayft.compose.execute import stepper_of
-from rayft.compose.job import Job
-from rayft.compose.loop import Hooks, Schedule, StepResult, train
-from rayft.compose.session import Session
+from rayft.compose.job import AttemptJob
+from rayft.compose.loop import LoopHooks, StepResult, StepSchedule, train
+from rayft.compose.session import RunSession
 from rayft.config.run import (
     DataSpec,
     FullSpec,
@@ -48,9 +48,9 @@ from rayft.config.run import (
     ZeroSpec,
 )
 from rayft.config.strategies import StrategySpec
-from rayft.core.protocols import Stream
-from rayft.core.storage import Storage
+from rayft.core.protocols import BatchStream
 from rayft.data.table import TokenTable, from_documents
+from rayft.storage.folder import Storage
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(rayft.__file__).parent / "models" / "tiny"
@@ -229,12 +229,12 @@ class RayftLoop:
         table: TokenTable,
         device: torch.device,
         folder: Path,
-        stream: Stream | None = None,
+        stream: BatchStream | None = None,
     ) -> None:
         self.parts = assemble(run, Corpus(table, None, ("default",)), device)
-        job = Job(run.resolved(), run.digest(), attempt="0", data_dir="", data_hash="")
+        job = AttemptJob(run.resolved(), run.digest(), attempt="0", data_dir="", data_hash="")
         storage = Storage.open(str(folder))
-        self.session = Session(job, self.parts, storage, Quiet(), time.monotonic())
+        self.session = RunSession(job, self.parts, storage, Quiet(), time.monotonic())
         parts = self.parts
         self.stepper = stepper_of(parts if stream is None else replace(parts, stream=stream))
 
@@ -245,14 +245,14 @@ class RayftLoop:
             self.session.log(step, result, seconds)
             after(result)
 
-        hooks = Hooks(
+        hooks = LoopHooks(
             stop=self.session.signals.stop_requested,
             log=log,
             evaluate=lambda step: False,
             save=lambda step, best: None,
         )
         progress = self.session.progress
-        train(self.stepper, Schedule(progress.step + count, None, None), progress, hooks)
+        train(self.stepper, StepSchedule(progress.step + count, None, None), progress, hooks)
 
 
 def synchronise(device: torch.device) -> None:

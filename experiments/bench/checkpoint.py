@@ -25,20 +25,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from rayft.compose.checkpoint import CheckpointWriter
-from rayft.compose.shardfile import Staging
-from rayft.core.shards import Shard, Slice
-from rayft.core.storage import Storage
+from rayft.checkpoint.shard_file import StagingBuffer
+from rayft.checkpoint.writer import CheckpointWriter
+from rayft.core.shards import ParamSlice, StateShard
+from rayft.storage.folder import Storage
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
-def state(megabytes: int, parameters: int = 24) -> Shard:
+def state(megabytes: int, parameters: int = 24) -> StateShard:
     """`megabytes` MiB in `parameters` slices."""
     numel = (megabytes << 20) // (parameters * len(KINDS) * 4)
-    return Shard(
+    return StateShard(
         {
-            f"layer.{n}": Slice((numel,), 0, {kind: torch.randn(numel) for kind in KINDS})
+            f"layer.{n}": ParamSlice((numel,), 0, {kind: torch.randn(numel) for kind in KINDS})
             for n in range(parameters)
         }
     )
@@ -50,14 +50,14 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def plain_write(storage: Storage, staging: Staging, step: int) -> None:
+def plain_write(storage: Storage, staging: StagingBuffer, step: int) -> None:
     with storage.open_output(f"plain-{step}") as file:
         for chunk in staging.chunks():
             file.write(chunk)
     storage.delete(f"plain-{step - 2}")
 
 
-def synchronous(folder: Path, shard: Shard, step: int) -> None:
+def synchronous(folder: Path, shard: StateShard, step: int) -> None:
     flat = {
         f"{kind}:{name}": tensor
         for name, piece in shard.slices.items()
@@ -71,7 +71,7 @@ def synchronous(folder: Path, shard: Shard, step: int) -> None:
     (folder / f"sync-{step - 2}.safetensors").unlink(missing_ok=True)
 
 
-def hash_only(staging: Staging) -> None:
+def hash_only(staging: StagingBuffer) -> None:
     digest = hashlib.sha256()
     for chunk in staging.chunks():
         digest.update(chunk)
@@ -85,7 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     shard, times = state(args.mb), {}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        storage, staging = Storage.open(folder), Staging()
+        storage, staging = Storage.open(folder), StagingBuffer()
         writer = CheckpointWriter(storage.child("run"), 0, 1, 1)
         writer.reserve(shard)
         staging.fill(shard)

@@ -42,11 +42,11 @@ from _common import (
 )
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rayft.compose.job import Job
+from rayft.compose.job import AttemptJob
 from rayft.config.run import Run
-from rayft.core.storage import Storage
 from rayft.data.cache import save
 from rayft.data.table import TokenTable, from_documents
+from rayft.storage.folder import Storage
 from rayft.trials.pack import Pack
 from rayft.trials.simulate import asha_lengths, simulate
 
@@ -138,7 +138,7 @@ class Lab:
         where = (self.cache.uri, self.table.digest)
         pack = Pack(runs[0], *where, self.device, slots=len(runs))
         for run in runs:
-            pack.admit(Job(run.resolved(), run.digest(), "1x0", *where))
+            pack.admit(AttemptJob(run.resolved(), run.digest(), "1x0", *where))
         self.last = pack
         return pack.step
 

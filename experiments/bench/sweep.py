@@ -86,8 +86,8 @@ def rayft(args: argparse.Namespace, folder: Path, pack: str) -> dict[str, Any]:
 
 def _account(home: Path, began: float, seconds: float) -> dict[str, Any]:
     """From sweep.json and the ledger."""
-    from rayft.core.ledger import read_ledger
-    from rayft.core.storage import Storage
+    from rayft.records.ledger import read_ledger
+    from rayft.storage.folder import Storage
 
     record = json.loads((home / "sweep.json").read_text())
     book = read_ledger(Storage.open(str(home)))

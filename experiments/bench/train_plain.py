@@ -44,8 +44,8 @@ from torch import Tensor, nn
 from rayft.compose.assemble import build, strategy_of
 from rayft.config.run import Run, ZeroSpec
 from rayft.core.batch import IGNORE, Batch
-from rayft.core.series import read_series
 from rayft.data.stream import TrainStream
+from rayft.records.series import read_series
 from rayft.strategies.optim import build_optimizer
 from rayft.strategies.zero_config import deepspeed_config
 

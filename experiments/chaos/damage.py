@@ -19,10 +19,10 @@ from lab import NAME, Lab, Place, committed, evidence
 from tally import Case
 
 from rayft.config.load import load
-from rayft.core.failpoints import VARIABLE
-from rayft.core.ledger import Ledger
-from rayft.core.record import SweepRecord
-from rayft.core.storage import Storage
+from rayft.records.ledger import Ledger
+from rayft.records.run_record import SweepRecord
+from rayft.storage.failpoints import VARIABLE
+from rayft.storage.folder import Storage
 
 CASES = 300
 SWEEP = {"trials": 12, "space": {"optim.lr": {"loguniform": [1e-5, 1e-2]}}, "scheduler": "none"}

@@ -22,7 +22,7 @@ from commands import Command
 from lab import Lab, Place, committed, evidence, lines, record, trained, until
 from tally import Case
 
-from rayft.core.failpoints import VARIABLE
+from rayft.storage.failpoints import VARIABLE
 
 CASES = 24
 PLAN = ("full", "read-only", "gone", "full at start", "read-only at start", "slow fsync")

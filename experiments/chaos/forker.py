@@ -20,8 +20,8 @@ import tempfile
 WARM = (
     "rayft.entry",
     "rayft.cli",
-    "rayft.runtime.train",
-    "rayft.runtime.solo",
+    "rayft.training.driver",
+    "rayft.training.in_process",
     "rayft.compose.execute",
     "rayft.compose.data",
     "rayft.compose.offline",

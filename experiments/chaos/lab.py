@@ -17,9 +17,9 @@ from typing import Any
 from commands import Command, Commands
 from tally import Case
 
-from rayft.compose.commit import find_commit
-from rayft.core.series import read_series
-from rayft.core.storage import Storage
+from rayft.checkpoint.reader import find_commit
+from rayft.records.series import read_series
+from rayft.storage.folder import Storage
 
 LORA = {"kind": "lora", "rank": 4, "dropout": 0.1, "lr_ratio": 4}  # dropout: generators count too
 KINDS: dict[str, dict[str, Any]] = {

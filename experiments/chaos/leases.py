@@ -16,7 +16,7 @@ import time
 from lab import Lab, Place, evidence, lines, record, trained, tree, until
 from tally import Case
 
-from rayft.core.lease import PATIENCE, RENEW
+from rayft.storage.lease import PATIENCE, RENEW
 
 CASES = 25
 LATE = RENEW + 2.0  # seconds in which a driver notices, on a busy machine

@@ -14,7 +14,7 @@ from commands import Command
 from lab import KINDS, Lab, Place, added, committed, evidence, follow, lines, trained
 from tally import Case
 
-from rayft.core.failpoints import POINTS, VARIABLE
+from rayft.storage.failpoints import POINTS, VARIABLE
 
 CASES, KILLS = 20, 10  # at scale 1: 200 kills
 BEGUN = 1.0  # seconds after which a signal finds its handler

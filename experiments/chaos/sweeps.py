@@ -19,14 +19,14 @@ from lab import Lab, Place, shared_memory, until
 from tally import Case
 from workers import judge_processes
 
-from rayft.core.ledger import Report, Trial, read_ledger
-from rayft.core.storage import Storage
+from rayft.records.ledger import LedgerReport, LedgerTrial, read_ledger
+from rayft.storage.folder import Storage
 
 CASES = 12
 PLAN = ("driver", "pack", "placer", "tree", "GCS", "SIGTERM")
 NAMES = {
-    "pack": r"ray::(PackHost|PackActor)",
-    "placer": r"ray::(Desk|TrialPlacer)",
+    "pack": r"ray::PackActor",
+    "placer": r"ray::TrialPlacer",
     "GCS": "gcs_server",
 }
 BLOCK = {
@@ -78,7 +78,7 @@ def _start(place: Place) -> Command:
     return place.rayft("sweep", str(place.folder / "config.json"))
 
 
-def _trials(place: Place) -> dict[str, Trial]:
+def _trials(place: Place) -> dict[str, LedgerTrial]:
     return read_ledger(Storage.open(str(place.home))).trials
 
 
@@ -138,12 +138,12 @@ def _inject(command: Command, what: str, rng: random.Random) -> float:
     return moment
 
 
-def _loss(*reports: Report) -> list[float]:
+def _loss(*reports: LedgerReport) -> list[float]:
     """The metric of each; NaN, which equals nothing, where it is missing."""
     return [report.metrics.get("eval_loss", math.nan) for report in reports]
 
 
-def _judge(case: Case, lab: Lab, place: Place, over: dict[str, Trial], where: str) -> None:
+def _judge(case: Case, lab: Lab, place: Place, over: dict[str, LedgerTrial], where: str) -> None:
     """The finished sweep against the unbroken one."""
     trials = _trials(place)
     kept = {name: trial for name, trial in trials.items() if name in over}

@@ -42,13 +42,13 @@ import torch
 
 from rayft.compose.data import prepare_data
 from rayft.compose.execute import execute
-from rayft.compose.job import Job
+from rayft.compose.job import AttemptJob
 from rayft.config.load import load
 from rayft.config.run import Run
-from rayft.core.record import RunRecord
-from rayft.core.series import read_series
-from rayft.core.storage import Storage
 from rayft.models.quiet import hush
+from rayft.records.run_record import RunRecord
+from rayft.records.series import read_series
+from rayft.storage.folder import Storage
 from rayft.trials.pack import Pack
 
 FILE = Path(__file__).parent / "losses.json"
@@ -119,8 +119,8 @@ def _measured(folder: str) -> dict[str, Any]:
     ready = prepare_data(runs["full"], lambda function, items: [function(item) for item in items])
     found["data"] = ready.hash
 
-    def job(run: Run) -> Job:
-        return Job(run.resolved(), run.digest(), "1", ready.uri, ready.hash, export=False)
+    def job(run: Run) -> AttemptJob:
+        return AttemptJob(run.resolved(), run.digest(), "1", ready.uri, ready.hash, export=False)
 
     for way, run in runs.items():
         home = Storage.open(run.storage).child(run.name)

@@ -17,7 +17,7 @@ SHOWN = 3  # samples printed in full
 
 
 @dataclass(frozen=True)
-class Question:
+class HeldOutPrompt:
     """A held-out document cut where its first trained token stands."""
 
     prompt: str
@@ -25,20 +25,20 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelAnswers:
     """One model's evaluation."""
 
     metrics: dict[str, float]
     answers: list[str]
 
-    def exact(self, questions: Sequence[Question]) -> float:
+    def exact(self, questions: Sequence[HeldOutPrompt]) -> float:
         """Share of answers equal to the reference, blanks at the ends aside."""
         pairs = zip(self.answers, questions, strict=True)
         hits = sum(given.strip() == question.reference.strip() for given, question in pairs)
         return hits / len(questions)
 
 
-def ask(table: TokenTable, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Question]:
+def ask(table: TokenTable, tokenizer: PreTrainedTokenizerBase, count: int) -> list[HeldOutPrompt]:
     """`count` documents spread evenly over the table. The reference is the first trained stretch:
     in a conversation, the first answer."""
     chosen = np.unique(np.linspace(0, table.documents - 1, num=min(count, table.documents)))
@@ -49,7 +49,7 @@ def ask(table: TokenTable, tokenizer: PreTrainedTokenizerBase, count: int) -> li
         rest = np.flatnonzero(~mask[start:])
         end = start + int(rest[0]) if len(rest) else len(ids)
         questions.append(
-            Question(
+            HeldOutPrompt(
                 tokenizer.decode(ids[:start]),
                 tokenizer.decode(ids[start:end], skip_special_tokens=True),
             )
@@ -58,7 +58,7 @@ def ask(table: TokenTable, tokenizer: PreTrainedTokenizerBase, count: int) -> li
 
 
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[HeldOutPrompt]
 ) -> list[str]:
     """Greedy completions."""
     out: list[str] = []
@@ -68,7 +68,9 @@ def answer(
     return out
 
 
-def report(tuned_is: str, questions: Sequence[Question], base: Measured, tuned: Measured) -> str:
+def report(
+    tuned_is: str, questions: Sequence[HeldOutPrompt], base: ModelAnswers, tuned: ModelAnswers
+) -> str:
     """A table of metrics, then a few samples."""
     lines = [f"{'held-out':<24}{'base':>12}{'tuned':>12}   ({tuned_is})"]
     for name, value in base.metrics.items():

@@ -14,7 +14,7 @@ from rayft.compose.data import Corpus
 from rayft.compose.step import TrainStep
 from rayft.config.run import Run
 from rayft.core.batch import Batch
-from rayft.core.protocols import Engine, Group, Method, Objective, Strategy
+from rayft.core.protocols import Engine, Method, Objective, ParamGroup, Strategy
 from rayft.data.stream import EvalSet, TrainStream
 from rayft.models.load import check_vocabulary, load_model, model_facts
 from rayft.models.policy import CausalPolicy
@@ -22,24 +22,24 @@ from rayft.models.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltModel:
     """A model made trainable, not yet given to a strategy."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     methods: tuple[Method, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[ParamGroup, ...]
     objective: Objective
     policy: CausalPolicy
     step: TrainStep
 
 
 @dataclass(frozen=True)
-class Parts:
+class RunParts:
     """Everything one rank needs to train and evaluate."""
 
     run: Run
-    built: Built
+    built: BuiltModel
     engine: Engine
     stream: TrainStream
     eval_batches: tuple[Batch, ...]
@@ -54,7 +54,7 @@ class Parts:
         return strategies.group_lrs(self.built.groups, self.run.optim.lr * factor)
 
 
-def build(run: Run, device: torch.device, strategy: Strategy) -> Built:
+def build(run: Run, device: torch.device, strategy: Strategy) -> BuiltModel:
     """Load the base, apply the methods in order, join policy and objective."""
     tokenizer = load_tokenizer(run.model)
     with strategy.loading():
@@ -73,7 +73,7 @@ def build(run: Run, device: torch.device, strategy: Strategy) -> Built:
     step = TrainStep(policy, objective)
     # transformers loads models in eval mode, where dropout and gradient checkpointing do nothing
     step.train()
-    return Built(model, tokenizer, chosen, groups, objective, policy, step)
+    return BuiltModel(model, tokenizer, chosen, groups, objective, policy, step)
 
 
 def strategy_of(run: Run, device: torch.device) -> Strategy:
@@ -88,7 +88,7 @@ def strategy_of(run: Run, device: torch.device) -> Strategy:
     )
 
 
-def assemble(run: Run, corpus: Corpus, device: torch.device) -> Parts:
+def assemble(run: Run, corpus: Corpus, device: torch.device) -> RunParts:
     """Everything of a training run on this rank; all ranks must call it (strategies
     communicate)."""
     strategy = strategy_of(run, device)
@@ -98,7 +98,7 @@ def assemble(run: Run, corpus: Corpus, device: torch.device) -> Parts:
     if not built.policy.probed:
         built.policy.probe()
     stream = train_stream(run, corpus, built.tokenizer.pad_token_id)
-    return Parts(
+    return RunParts(
         run=run,
         built=built,
         engine=engine,
@@ -132,7 +132,7 @@ def steps_of(run: Run, stream: TrainStream) -> int:
 
 
 def held_out(
-    run: Run, corpus: Corpus, built: Built, rank: int, world: int, limit: int | None = None
+    run: Run, corpus: Corpus, built: BuiltModel, rank: int, world: int, limit: int | None = None
 ) -> tuple[Batch, ...]:
     """This rank's evaluation batches; () without held-out data. `limit`: documents at most."""
     if corpus.eval is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
@@ -10,18 +10,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rayft.compose.job import Prepared
+from rayft.compose.job import PreparedData, TaskMapper
 from rayft.config.run import ModelSpec, Run
 from rayft.core.address import below
 from rayft.core.errors import DataError
-from rayft.core.storage import Storage
 from rayft.data.cache import DamagedCache, load, read_meta
 from rayft.data.table import TokenTable
 from rayft.data.tokenise import prepare
-from rayft.data.work import Recipe, Shard, task_names, tokenise_shard
+from rayft.data.work import DataShard, TokenRecipe, task_names, tokenise_shard
 from rayft.models.tokenizer import load_tokenizer
+from rayft.storage.folder import Storage
 
-Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 SEPARATOR = "+"  # between the hashes of training and held-out data
 
 
@@ -39,7 +38,7 @@ def cache_of(run: Run) -> Storage:
     return Storage.open(run.data.cache or below(run.storage, ".cache"))
 
 
-def prepare_data(run: Run, mapper: Mapper) -> Prepared:
+def prepare_data(run: Run, mapper: TaskMapper) -> PreparedData:
     """Tokenise what is not in the cache yet; `mapper` applies a function to work items anywhere.
 
     Raises:
@@ -47,13 +46,13 @@ def prepare_data(run: Run, mapper: Mapper) -> Prepared:
     """
     tokenizer = load_tokenizer(run.model)
 
-    def spread(shards: Sequence[Shard], how: Recipe) -> list[TokenTable]:
+    def spread(shards: Sequence[DataShard], how: TokenRecipe) -> list[TokenTable]:
         return mapper(_tokenise, [(shard, how, run.model) for shard in shards])
 
     tables = {"train": _prepared(run, tokenizer, spread, heldout=False)}
     if run.data.eval:
         tables["eval"] = _prepared(run, tokenizer, spread, heldout=True)
-    return Prepared(
+    return PreparedData(
         uri=cache_of(run).uri,
         hash=SEPARATOR.join(table.digest for table in tables.values()),
         stats={split: table.summary() for split, table in tables.items()},
@@ -87,7 +86,7 @@ def open_corpus(run: Run, uri: str, hashes: str) -> Corpus:
 
 
 def what_changed(uri: str, before: str, now: str) -> list[str]:
-    """`what: before -> now` for two `Prepared.hash`, from what the cache `uri` remembers of them.
+    """`what: before -> now` for two `PreparedData.hash`, as the cache `uri` remembers them.
 
     Files are named by their content, so a file that was only moved is no change.
     """
@@ -129,7 +128,7 @@ def _prepared(
     return prepare(run.data, run.objective, tokenizer, cache_of(run), heldout=heldout, run=spread)
 
 
-def _tokenise(item: tuple[Shard, Recipe, ModelSpec]) -> TokenTable:
+def _tokenise(item: tuple[DataShard, TokenRecipe, ModelSpec]) -> TokenTable:
     """One work item; runs in a task of its own."""
     shard, how, model = item
     return tokenise_shard(shard, _tokenizer(model), how)

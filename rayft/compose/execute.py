@@ -1,4 +1,4 @@
-"""One attempt on one rank, from start-up to the last commit; all that the runtime calls.
+"""One attempt on one rank, from start-up to the last commit; all that training/ calls.
 
 Nothing here knows Ray: with one rank and no process group the same code trains in-process.
 """
@@ -13,20 +13,22 @@ import torch
 import torch.distributed as dist
 
 from rayft.compose.arithmetic import settled
-from rayft.compose.assemble import Parts, assemble
+from rayft.compose.assemble import RunParts, assemble
 from rayft.compose.data import open_corpus
 from rayft.compose.gradient_check import GradientCheck
-from rayft.compose.job import Job, Outcome, Signals
-from rayft.compose.loop import Hooks, Progress, Schedule, Stepper, train
+from rayft.compose.job import AttemptJob, AttemptOutcome, DriverSignals
+from rayft.compose.loop import LoopHooks, LoopProgress, StepRunner, StepSchedule, train
 from rayft.compose.publish import EXPORT, choose_commit, publish
-from rayft.compose.session import Session, peak_memory
+from rayft.compose.session import RunSession, peak_memory
 from rayft.config.run import Run
-from rayft.core.record import Best, RunRecord, stored
-from rayft.core.storage import Storage
 from rayft.models.quiet import hush
+from rayft.records.run_record import BestEvaluation, RunRecord, stored
+from rayft.storage.folder import Storage
 
 
-def execute(job: Job, rank: int, world: int, device: torch.device, signals: Signals) -> Outcome:
+def execute(
+    job: AttemptJob, rank: int, world: int, device: torch.device, signals: DriverSignals
+) -> AttemptOutcome:
     """Train from the newest commit (or from the start) to the end, or to a stop request.
 
     Raises:
@@ -39,8 +41,8 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
         signals.progress({"kind": "warn", "step": 0, "text": said})
     storage = Storage.open(run.storage).child(run.name).existing()
     parts = assemble(run, open_corpus(run, job.data_dir, job.data_hash), device)
-    session = Session(job, parts, storage, signals, began)
-    schedule = Schedule(parts.steps, run.train.eval_every, run.train.save_every)
+    session = RunSession(job, parts, storage, signals, began)
+    schedule = StepSchedule(parts.steps, run.train.eval_every, run.train.save_every)
     try:
         resumed = session.restore()
         progress = session.progress
@@ -49,7 +51,7 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
         if resumed is None:
             _begin(job, session, schedule)
         progress = session.progress
-        hooks = Hooks(signals.stop_requested, session.log, session.evaluate, session.save)
+        hooks = LoopHooks(signals.stop_requested, session.log, session.evaluate, session.save)
         stepper = stepper_of(parts)
         status = train(stepper, schedule, progress, hooks)
     except BaseException:
@@ -65,14 +67,14 @@ def execute(job: Job, rank: int, world: int, device: torch.device, signals: Sign
     return outcome
 
 
-def stepper_of(parts: Parts) -> Stepper:
+def stepper_of(parts: RunParts) -> StepRunner:
     """The steps of an attempt on this rank; made before the first of them."""
     built = parts.built
     check = GradientCheck(built.step, built.groups, parts.engine)
-    return Stepper(parts.engine, built.objective, parts.stream, parts.lrs, check)
+    return StepRunner(parts.engine, built.objective, parts.stream, parts.lrs, check)
 
 
-def _begin(job: Job, session: Session, schedule: Schedule) -> None:
+def _begin(job: AttemptJob, session: RunSession, schedule: StepSchedule) -> None:
     """From the start, with the base model's evaluation; or from another run's state, which is
     saved at once as this run's own."""
     if not job.source:
@@ -82,7 +84,7 @@ def _begin(job: Job, session: Session, schedule: Schedule) -> None:
     session.save(session.progress.step, session.progress.best is not None)
 
 
-def _started(parts: Parts, progress: Progress) -> dict[str, Any]:
+def _started(parts: RunParts, progress: LoopProgress) -> dict[str, Any]:
     return {
         "kind": "start",
         "step": progress.step,
@@ -93,7 +95,9 @@ def _started(parts: Parts, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _record(job: Job, storage: Storage, parts: Parts, progress: Progress) -> RunRecord:
+def _record(
+    job: AttemptJob, storage: Storage, parts: RunParts, progress: LoopProgress
+) -> RunRecord:
     """What the model card tells: the driver's record, with this attempt's results."""
     run = parts.run  # its record may be damaged; the driver writes it again when this is told
     first = RunRecord(run.name, "running", job.config, job.digest, job.data_hash, run.seed)
@@ -107,14 +111,14 @@ def _record(job: Job, storage: Storage, parts: Parts, progress: Progress) -> Run
         params_trainable=parts.params_trainable,
         eval=progress.eval,
         base=progress.base,
-        best=None if progress.best is None else Best(**progress.best),
+        best=None if progress.best is None else BestEvaluation(**progress.best),
         seconds=progress.seconds,
     )
 
 
-def _outcome(status: str, session: Session) -> Outcome:
+def _outcome(status: str, session: RunSession) -> AttemptOutcome:
     parts, progress = session.parts, session.progress
-    return Outcome(
+    return AttemptOutcome(
         status=status,
         step=progress.step,
         steps_total=parts.steps,

@@ -21,10 +21,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rayft.config.run import ModelSpec
 from rayft.core.errors import StorageError
-from rayft.core.record import RunRecord
 from rayft.methods import load_adapter, merge_adapters
 from rayft.models.load import load_model
 from rayft.models.tokenizer import resolve
+from rayft.records.run_record import RunRecord
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -37,7 +37,7 @@ VLLM_DEFAULT_RANK = 16
 
 
 @dataclass(frozen=True)
-class Gap:
+class ModelGap:
     """How far two models are apart on the same tokens."""
 
     max_abs: float  # logits
@@ -48,8 +48,8 @@ class Gap:
 class MergeReport:
     """What `merge_adapter` measured."""
 
-    rounding: Gap  # adapter on the unquantised base against the merged model
-    trained: Gap  # the model as it was trained against the merged model
+    rounding: ModelGap  # adapter on the unquantised base against the merged model
+    trained: ModelGap  # the model as it was trained against the merged model
     dtype: str  # of the merged weights
 
 
@@ -123,7 +123,7 @@ def logits_of(model: PreTrainedModel, sequences: Sequence[Tensor]) -> list[Tenso
     ]
 
 
-def gap(first: Sequence[Tensor], second: Sequence[Tensor]) -> Gap:
+def gap(first: Sequence[Tensor], second: Sequence[Tensor]) -> ModelGap:
     """Distance of two models' logits; see the head of this file."""
     pairs = list(zip(first, second, strict=True))
     largest = max(float((one - two).abs().max()) for one, two in pairs)
@@ -131,7 +131,7 @@ def gap(first: Sequence[Tensor], second: Sequence[Tensor]) -> Gap:
     for one, two in pairs:
         p, q = one.double().log_softmax(dim=-1), two.double().log_softmax(dim=-1)
         divergences.append((p.exp() * (p - q)).sum(dim=-1).flatten())  # (T,)
-    return Gap(largest, float(torch.cat(divergences).mean()))
+    return ModelGap(largest, float(torch.cat(divergences).mean()))
 
 
 def check_vllm(folder: Path) -> list[str]:

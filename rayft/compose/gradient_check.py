@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from rayft.compose.step import PREFIX
 from rayft.core.errors import DeadGradientError
-from rayft.core.protocols import Engine, Group
+from rayft.core.protocols import Engine, ParamGroup
 from rayft.core.reduce import sum_over_ranks
 
 SAMPLE = 64  # elements of each parameter on each rank
@@ -44,7 +44,7 @@ class GradientCheck:
         groups: what trains.
     """
 
-    def __init__(self, step: nn.Module, groups: Iterable[Group], engine: Engine) -> None:
+    def __init__(self, step: nn.Module, groups: Iterable[ParamGroup], engine: Engine) -> None:
         refuse_missing_backward()
         owner = {id(param): group.name for group in groups for param in group.params}
         named = {name: param for name, param in step.named_parameters() if id(param) in owner}
@@ -57,7 +57,7 @@ class GradientCheck:
             param.register_post_accumulate_grad_hook(partial(self._arrived, name))
             for name, param in named.items()
         ]
-        self._movement = Movement(self._group_of, engine.device)
+        self._movement = GroupMovement(self._group_of, engine.device)
 
     def _arrived(self, name: str, _param: nn.Parameter) -> None:
         self._without.discard(name)
@@ -72,7 +72,7 @@ class GradientCheck:
             raise no_gradient(dead, len(self._group_of), f"rank {self._engine.rank}, step {step}")
 
     def after_update(self, step: int, lrs: Mapping[str, float], tokens: int) -> None:
-        """See Movement.look. All ranks must call it."""
+        """All ranks must call it."""
         if self._movement.looking:
             self._movement.look(step, lrs, tokens, self._pieces)
 
@@ -80,7 +80,7 @@ class GradientCheck:
         return {name: one.tensors["param"] for name, one in self._engine.shard().slices.items()}
 
 
-class Movement:
+class GroupMovement:
     """Whether every group moves, from a few elements of each parameter.
 
     Args:

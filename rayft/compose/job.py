@@ -1,13 +1,14 @@
-"""What the runtime and an attempt at a run tell each other: plain data, and two calls."""
+"""What training/ and an attempt at a run tell each other: plain data, and three calls."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """The tokenised data of a run."""
 
     uri: str  # of the cache
@@ -17,14 +18,14 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Job:
+class AttemptJob:
     """Everything an attempt needs; plain, picklable data."""
 
     config: dict[str, Any]  # Run.resolved()
     digest: str  # Run.digest(), compared on all ranks before the first step
     attempt: str  # part of checkpoint names, so that two attempts can never merge
-    data_dir: str  # Prepared.uri
-    data_hash: str  # Prepared.hash
+    data_dir: str  # PreparedData.uri
+    data_hash: str  # PreparedData.hash
     source: str = ""  # checkpoint folder of another run to begin from, if this one has none yet
     export: bool = True  # write the hub layout at the end
     lease: str = ""  # the driver's claim; metrics are written while no other one has the run
@@ -32,7 +33,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttemptOutcome:
     """What an attempt came to; the same on every rank."""
 
     status: str  # "done" | "interrupted"
@@ -48,7 +49,7 @@ class Outcome:
     params_trainable: int = 0
 
 
-class Signals(Protocol):
+class DriverSignals(Protocol):
     """The worker's line to the driver."""
 
     def stop_requested(self) -> bool:
@@ -59,3 +60,9 @@ class Signals(Protocol):
         """Send one event, fire and forget; rank 0 only. `kind`: start | step | eval | save | warn |
         export."""
         ...
+
+
+class TaskMapper(Protocol):
+    """Applies a module-level function to many small work items, somewhere; results in order."""
+
+    def __call__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]: ...

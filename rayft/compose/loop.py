@@ -19,12 +19,12 @@ from torch import Tensor
 from rayft.compose.gradient_check import GradientCheck, dead_graphs_named
 from rayft.core.batch import Batch
 from rayft.core.errors import DivergedError
-from rayft.core.protocols import Engine, Objective, Stream
+from rayft.core.protocols import BatchStream, Engine, Objective
 from rayft.core.reduce import counts, reduce_rows, scales, sum_over_ranks
 
 
 @dataclass
-class Progress:
+class LoopProgress:
     """Where a run stands; saved with every checkpoint, JSON only."""
 
     step: int = 0
@@ -58,12 +58,12 @@ def check_finite(step: int, loss: float, norm: float) -> None:
 
 
 @dataclass(frozen=True)
-class Stepper:
+class StepRunner:
     """Runs single optimizer steps."""
 
     engine: Engine
     objective: Objective
-    stream: Stream
+    stream: BatchStream
     lrs: Callable[[int], Mapping[str, float]]  # step (1-based) -> learning rate by group name
     check: GradientCheck
 
@@ -117,7 +117,7 @@ class Stepper:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class StepSchedule:
     """When to evaluate and save."""
 
     total: int
@@ -135,7 +135,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Hooks:
+class LoopHooks:
     """What happens around steps. All are called on every rank."""
 
     stop: Callable[[], bool]
@@ -144,7 +144,9 @@ class Hooks:
     save: Callable[[int, bool], None]  # step, is it the best so far
 
 
-def train(stepper: Stepper, schedule: Schedule, progress: Progress, hooks: Hooks) -> str:
+def train(
+    stepper: StepRunner, schedule: StepSchedule, progress: LoopProgress, hooks: LoopHooks
+) -> str:
     """Run from progress.step to the end; "done" or "interrupted". Both leave a saved state
     behind."""
     while progress.step < schedule.total:

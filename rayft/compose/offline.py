@@ -11,53 +11,51 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rayft.compose.answers import Measured, answer, ask, report
+from rayft.checkpoint.reader import Commit
+from rayft.compose.answers import ModelAnswers, answer, ask, report
 from rayft.compose.arithmetic import settled
-from rayft.compose.assemble import Built, build, held_out, strategy_of
-from rayft.compose.commit import Commit
+from rayft.compose.assemble import BuiltModel, build, held_out, strategy_of
 from rayft.compose.data import SEPARATOR, open_corpus, prepare_data
 from rayft.compose.evaluate import evaluate
-from rayft.compose.export import Gap, check_vllm, merge_adapter, write_model_card
+from rayft.compose.export import ModelGap, check_vllm, merge_adapter, write_model_card
 from rayft.compose.publish import EXPORT, choose_commit, copy_out, make_export, record_at
 from rayft.config.run import Run
 from rayft.config.strategies import DdpSpec
 from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError, DataError, StorageError
 from rayft.core.process import temporary
-from rayft.core.record import RunRecord
-from rayft.core.sealed import BadRecord
-from rayft.core.storage import Storage
 from rayft.models.quiet import hush
+from rayft.records.run_record import RunRecord
+from rayft.storage.folder import Storage
+from rayft.storage.sealed import BadRecord
 
 MERGED = "export-merged"  # beside `export`
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedRun:
     """A run on storage with its model in memory, still holding the base's weights."""
 
     storage: Storage
     record: RunRecord
     run: Run
-    built: Built
+    built: BuiltModel
     device: torch.device
 
 
-class Still:
+class EvalEngine:
     """The part of an Engine that evaluation needs: one rank, no optimizer."""
 
     rank, world = 0, 1
 
-    def __init__(self, built: Built, device: torch.device) -> None:
+    def __init__(self, built: BuiltModel, device: torch.device) -> None:
         self.step, self.device = built.step.to(device), device
 
     def forward(self, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See core.protocols.Engine."""
         return self.step(batch.tensors(), batch.packed, dict(scale))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """See core.protocols.Engine."""
         self.step.eval()
         with torch.no_grad():
             yield
@@ -84,7 +82,7 @@ def read_record(storage: Storage) -> RunRecord:
         ) from error
 
 
-def open_run(where: str) -> Opened:
+def open_run(where: str) -> OpenedRun:
     """Read the record and build the run's model with its base weights, on one device."""
     storage = Storage.open(where)
     record = read_record(storage)
@@ -92,10 +90,10 @@ def open_run(where: str) -> Opened:
     run = Run.model_validate(record.config).model_copy(update={"strategy": DdpSpec()})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run, _ = settled(run, device)  # as training on this machine does
-    return Opened(storage, record, run, build(run, device, strategy_of(run, device)), device)
+    return OpenedRun(storage, record, run, build(run, device, strategy_of(run, device)), device)
 
 
-def load_weights(built: Built, commit: Commit) -> None:
+def load_weights(built: BuiltModel, commit: Commit) -> None:
     """Copy the trained parameters of `commit` into the model."""
     params = dict(built.step.named_parameters())
     for name, tensor in commit.consolidated():
@@ -120,12 +118,12 @@ def evaluate_run(where: str, *, generate: int = 0, limit: int | None = None) -> 
     prepared = prepare_data(opened.run, lambda function, items: [function(item) for item in items])
     corpus = open_corpus(opened.run, prepared.uri, prepared.hash)
     batches = held_out(opened.run, corpus, opened.built, 0, 1, limit)
-    engine = Still(opened.built, opened.device)
+    engine = EvalEngine(opened.built, opened.device)
     questions = ask(corpus.eval, opened.built.tokenizer, generate)
 
-    def measure() -> Measured:
+    def measure() -> ModelAnswers:
         found = evaluate(engine, opened.built.objective, batches, corpus.tasks)
-        return Measured(found, answer(opened.built.model, opened.built.tokenizer, questions))
+        return ModelAnswers(found, answer(opened.built.model, opened.built.tokenizer, questions))
 
     base = measure()
     commit = choose_commit(opened.storage, opened.record)
@@ -174,7 +172,7 @@ def export_run(
     return "\n".join(lines)
 
 
-def _merged(opened: Opened, record: RunRecord, adapter: Path, folder: Path) -> list[str]:
+def _merged(opened: OpenedRun, record: RunRecord, adapter: Path, folder: Path) -> list[str]:
     """Merge into `folder`; what the merge changed, in words."""
     tokenizer = opened.built.tokenizer
     found = merge_adapter(
@@ -188,7 +186,7 @@ def _merged(opened: Opened, record: RunRecord, adapter: Path, folder: Path) -> l
     ]
 
 
-def _gap(gap: Gap) -> str:
+def _gap(gap: ModelGap) -> str:
     return f"max {gap.max_abs:.3g}, mean KL {gap.kl:.3g} nats"
 
 

@@ -10,27 +10,27 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rayft.compose.assemble import Built
-from rayft.compose.commit import Commit, find_commit, load_commit, names
+from rayft.checkpoint.manifest import BadCommit, order
+from rayft.checkpoint.reader import Commit, find_commit, load_commit, names
+from rayft.checkpoint.shard_file import CommitShards
+from rayft.compose.assemble import BuiltModel
 from rayft.compose.export import write_model_card
-from rayft.compose.manifest import BadCommit, order
-from rayft.compose.shardfile import Shards
 from rayft.compose.step import PREFIX
 from rayft.core.errors import StorageError
 from rayft.core.process import temporary
-from rayft.core.record import RunRecord
 from rayft.core.shards import PARAM
-from rayft.core.storage import Storage
+from rayft.records.run_record import RunRecord
+from rayft.storage.folder import Storage
 
 EXPORT = "export"
 log = logging.getLogger(__name__)
 
 
-class Consolidated(Mapping[str, Tensor]):
+class CommitWeights(Mapping[str, Tensor]):
     """Full trained parameters of a commit by the model's own names, each read from the shards when
     it is asked for: all of them in fp32 at once fit no host for a large model."""
 
-    def __init__(self, reader: Shards) -> None:
+    def __init__(self, reader: CommitShards) -> None:
         self._reader = reader
         self._saved = {name.removeprefix(PREFIX): name for name in reader.shapes()}
 
@@ -68,10 +68,10 @@ def choose_commit(storage: Storage, record: RunRecord, step: int | None = None) 
     return found
 
 
-def make_export(built: Built, record: RunRecord, commit: Commit, folder: Path) -> None:
+def make_export(built: BuiltModel, record: RunRecord, commit: Commit, folder: Path) -> None:
     """Hub layout of `commit` in the local `folder`; methods read back what they write."""
     with commit.reader() as reader:
-        state = Consolidated(reader)
+        state = CommitWeights(reader)
         for method in built.methods:
             method.export(built.model, state, folder)
     write_model_card(folder, record_at(record, commit), built.tokenizer)
@@ -91,7 +91,7 @@ def copy_out(folder: Path, target: Storage) -> None:
             target.upload(path, str(path.relative_to(folder)))
 
 
-def publish(built: Built, record: RunRecord, commit: Commit, target: Storage) -> None:
+def publish(built: BuiltModel, record: RunRecord, commit: Commit, target: Storage) -> None:
     """Export `commit` to `target`. Made and checked in a local folder first, so that an old export
     goes only when the new one is ready."""
     with temporary("export") as scratch:

@@ -13,21 +13,21 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from rayft.compose.assemble import Parts
-from rayft.compose.checkpoint import REFUSED, CheckpointWriter
-from rayft.compose.commit import Commit, donated, find_commit, load_commit
+from rayft.checkpoint.folders import all_damaged, damaged, give_up
+from rayft.checkpoint.manifest import folder_name
+from rayft.checkpoint.reader import Commit, donated, find_commit, load_commit
+from rayft.checkpoint.writer import REFUSED, CheckpointWriter
+from rayft.compose.assemble import RunParts
 from rayft.compose.evaluate import evaluate
-from rayft.compose.folders import all_damaged, damaged, give_up
-from rayft.compose.job import Job, Signals
-from rayft.compose.loop import Progress, Schedule, StepResult
-from rayft.compose.manifest import folder_name
+from rayft.compose.job import AttemptJob, DriverSignals
+from rayft.compose.loop import LoopProgress, StepResult, StepSchedule
 from rayft.core.address import above
 from rayft.core.errors import PermanentStorageError, StorageError
-from rayft.core.jsonl import Appender
-from rayft.core.lease import LeaseWatch
-from rayft.core.series import METRICS, gaps
-from rayft.core.shards import Shard
-from rayft.core.storage import Storage
+from rayft.core.shards import StateShard
+from rayft.records.series import METRICS, gaps
+from rayft.storage.folder import Storage
+from rayft.storage.jsonl import LineAppender
+from rayft.storage.lease import LeaseWatch
 
 T = TypeVar("T")
 _LAST_SAVE_SECONDS = 15.0
@@ -53,7 +53,7 @@ def fresh_seed(seed: int, rank: int, step: int) -> int:
     return ((seed * 1_000_003 + step) * 4_099 + rank) % 2**63
 
 
-class Generators(Protocol):
+class RandomGenerators(Protocol):
     """What draws random numbers while a run trains (dropout); data order needs none."""
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -72,14 +72,12 @@ class GlobalGenerators:
     device: torch.device
 
     def state(self) -> dict[str, torch.Tensor]:
-        """See Generators."""
         state = {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             state["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         return state
 
     def restore(self, state: dict[str, torch.Tensor], seed: int) -> None:
-        """See Generators."""
         if "rng.cpu" not in state:
             torch.manual_seed(seed)
             return
@@ -89,18 +87,18 @@ class GlobalGenerators:
 
 
 @dataclass
-class Session:
+class RunSession:
     """The side effects of one attempt on one rank."""
 
-    job: Job
-    parts: Parts
+    job: AttemptJob
+    parts: RunParts
     storage: Storage  # of the run
-    signals: Signals
+    signals: DriverSignals
     began: float  # time.monotonic() when this attempt started
-    progress: Progress = field(default_factory=Progress)
+    progress: LoopProgress = field(default_factory=LoopProgress)
     earlier: float = 0.0  # seconds of the attempts before this one
     told: int = -1  # step of the last save that the driver knows of
-    generators: Generators | None = None  # default: this process's own
+    generators: RandomGenerators | None = None  # default: this process's own
 
     def __post_init__(self) -> None:
         engine = self.parts.engine
@@ -115,7 +113,7 @@ class Session:
         )
         self.generators = self.generators or GlobalGenerators(self.device)
         self.lease = LeaseWatch(self.storage, self.job.lease)
-        self.metrics = Appender(self.storage, METRICS) if self.rank == 0 else None
+        self.metrics = LineAppender(self.storage, METRICS) if self.rank == 0 else None
 
     # ---- restore
 
@@ -145,10 +143,10 @@ class Session:
             self.parts.engine.load(reader)
             saved = reader.whole(self.rank) if self.rank < commit.world else {}
             self.generators.restore(saved, fresh_seed(self.parts.run.seed, self.rank, commit.step))
-        self.progress = Progress(**commit.extra(0)["progress"])
+        self.progress = LoopProgress(**commit.extra(0)["progress"])
         self.earlier = self.progress.seconds
 
-    def clone(self, source: str, schedule: Schedule) -> Commit:
+    def clone(self, source: str, schedule: StepSchedule) -> Commit:
         """The state of another run's checkpoint, under this run's settings; not yet saved.
 
         Args:
@@ -236,7 +234,7 @@ class Session:
         self.writer.save(step, shard, extra, best=best)
         self._tell_saves(step)
 
-    def state(self, step: int) -> tuple[Shard, dict[str, Any]]:
+    def state(self, step: int) -> tuple[StateShard, dict[str, Any]]:
         """What a checkpoint holds: live references, and JSON. The metrics so far are durable."""
         self.progress.seconds = self.seconds()
         shard = self.parts.engine.shard()

@@ -1,6 +1,6 @@
 """Addresses in a config that can mean nothing on any machine: unknown schemes, names that no file
-system takes. Buckets and options are storage's (`core/remote.py`, exit 6); whether a place exists,
-and may be written, only a run can find out.
+system takes. Buckets and options are storage's (`storage/remote.py`, exit 6); whether a place
+exists, and may be written, only a run can find out.
 
 A path is kept exactly as it is typed: two Unicode spellings of one letter are two folders on Linux,
 so neither is put into a normal form.
@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rayft.config.mistakes import Mistake
+from rayft.config.messages import Mistake
+from rayft.config.parse import Keys, dotted
 from rayft.config.run import Run
-from rayft.config.source import Keys, dotted
 
 SCHEMES = ("s3", "gs", "gcs", "file")
 NAME_BYTES = 255  # of one name, on every file system in use; UTF-8 bytes, not characters

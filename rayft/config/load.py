@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from rayft.config import space
-from rayft.config.checked import refusal, ruled, validated
-from rayft.config.mistakes import Mistake
+from rayft.config.menu_tree import tidy
+from rayft.config.messages import Mistake
 from rayft.config.override import override, plain
+from rayft.config.parse import ConfigSource, dotted, parse, read
 from rayft.config.run import Run
-from rayft.config.shape import tidy
-from rayft.config.source import Source, dotted, parse, read
+from rayft.config.validate import refusal, ruled, validated
 from rayft.core.address import above, clean
 from rayft.core.errors import ConfigError
-from rayft.core.storage import Storage
+from rayft.storage.folder import Storage
 
 
 def load(source: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()) -> Run:
@@ -44,7 +44,7 @@ def load(source: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] 
             data = source.resolved() if isinstance(source, Run) else plain(source)
         except RecursionError:
             raise ConfigError("the mapping nests without end, or contains itself") from None
-        found = Source("config", data)
+        found = ConfigSource("config", data)
     if found.data is None:
         found.data = {}
     if not isinstance(found.data, dict):
@@ -64,7 +64,7 @@ def load(source: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] 
     return run
 
 
-def _fetched(uri: str) -> Source:
+def _fetched(uri: str) -> ConfigSource:
     """A config that lies on storage, as best/config.yaml of a sweep does."""
     address, name = above(clean(uri))
     folder = Storage.open(address).hasty()

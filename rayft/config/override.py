@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from rayft.config.base import Spec
-from rayft.config.dialect import DEPTH
-from rayft.config.mistakes import place_of
-from rayft.config.source import Keys, Source, dotted, parse, split
+from rayft.config.messages import place_of
+from rayft.config.parse import ConfigSource, Keys, dotted, parse, split
 from rayft.config.sweep import KINDS
+from rayft.config.yaml_dialect import DEPTH
 from rayft.core.address import redact
 from rayft.core.errors import ConfigError
 
 
-def override(found: Source, text: str) -> None:
+def override(found: ConfigSource, text: str) -> None:
     """`a.b=c`, the value in YAML; an unknown last key is left for validation, which knows the
     nearest name.
 
@@ -37,7 +37,7 @@ def override(found: Source, text: str) -> None:
     put(found, keys, new, told)
 
 
-def put(found: Source, keys: Keys, new: Source, told: str) -> None:
+def put(found: ConfigSource, keys: Keys, new: ConfigSource, told: str) -> None:
     """`new` in place of whatever stands at `keys`; `told` is its place in messages.
 
     Raises:
@@ -67,7 +67,7 @@ def _keys(path: str, data: Any) -> Keys:
 
 
 def _step(
-    found: Source, holder: dict[str, Any] | list[Any], keys: Keys, key: str | int, told: str
+    found: ConfigSource, holder: dict[str, Any] | list[Any], keys: Keys, key: str | int, told: str
 ) -> Any:
     """Go one key down, creating what the defaults would have put there."""
     if isinstance(holder, list):
@@ -110,7 +110,7 @@ def _index(holder: list[Any], keys: Keys, told: str) -> None:
         )
 
 
-def _default(found: Source, keys: Keys) -> Any:
+def _default(found: ConfigSource, keys: Keys) -> Any:
     """What stands at `keys` when nothing is written there, as far as an override must see it."""
     parent = place_of(keys[:-1], found.data)
     spec = parent.specs.get("")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rayft.config.base import Spec
+from rayft.config.menu_tree import SHORT, MenuPlace, place, under
 from rayft.config.run import Run
-from rayft.config.shape import SHORT, Place, place, under
 from rayft.config.strategies import PRESETS, ZeroSpec
 
 
@@ -20,7 +20,7 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "rayft", **whole}
 
 
-def _specs(at: Place) -> set[type[Spec]]:
+def _specs(at: MenuPlace) -> set[type[Spec]]:
     found = set(at.specs.values())
     for spec in at.specs.values():
         for name in spec.model_fields:
@@ -45,7 +45,7 @@ def _shorten(spec: type[Spec], properties: dict[str, Any]) -> None:
         properties[name] = {**told, "anyOf": [*choices, *optional]}
 
 
-def _short(at: Place) -> list[dict[str, Any]]:
+def _short(at: MenuPlace) -> list[dict[str, Any]]:
     if at.sort == "union":
         presets = list(PRESETS) if ZeroSpec in at.specs.values() else []
         return [{"enum": list(dict.fromkeys([*at.specs, *presets]))}]

@@ -10,13 +10,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rayft.config.checked import ruled, validated
-from rayft.config.mistakes import Mistake, sentences
+from rayft.config.menu_tree import tidy
+from rayft.config.messages import Mistake, sentences
 from rayft.config.override import plain, put
+from rayft.config.parse import ConfigSource, Keys, dotted, split
 from rayft.config.run import Run
-from rayft.config.shape import tidy
-from rayft.config.source import Keys, Source, dotted, split
 from rayft.config.sweep import Domain, perturbable
+from rayft.config.validate import ruled, validated
 from rayft.core.errors import ConfigError
 
 __all__ = [
@@ -72,7 +72,7 @@ def applied(
     if run.sweep is not None and run.sweep.steps is not None:
         data["train"] |= {"steps": run.sweep.steps, "epochs": None}
     told = ", ".join(f"{path}={value}" for path, value in params.items())
-    found = Source(f"trial {name or run.name}{f' ({told})' if told else ''}", data)
+    found = ConfigSource(f"trial {name or run.name}{f' ({told})' if told else ''}", data)
     wrong = _set(found, params)
     return ruled(found, validated(found, wrong))
 
@@ -184,7 +184,7 @@ def _values(base: dict[str, Any], name: str, domain: Domain) -> Iterator[tuple[K
 def _refused(base: dict[str, Any], params: Mapping[str, Any]) -> str:
     """The first mistake of `base` with `params`, "" when there is none. Rules are left aside: what
     they refuse depends on the other dimensions."""
-    found = Source("config", copy.deepcopy(base))
+    found = ConfigSource("config", copy.deepcopy(base))
     try:
         wrong = _set(found, params)
         Run.model_validate(found.data)
@@ -195,12 +195,12 @@ def _refused(base: dict[str, Any], params: Mapping[str, Any]) -> str:
     return wrong[0][1] if wrong else ""
 
 
-def _set(found: Source, params: Mapping[str, Any]) -> list[Mistake]:
+def _set(found: ConfigSource, params: Mapping[str, Any]) -> list[Mistake]:
     """Put `params` into the config, short forms written out; the mistakes seen on the way."""
     wrong: list[Mistake] = []
     for path, value in params.items():
         told = f"{path}={value}"
-        new = Source("params", plain(value), {(): told})
+        new = ConfigSource("params", plain(value), {(): told})
         put(found, split(path), new, told)
     tidy(found, wrong)
     return [(keys, f"{dotted(keys)} {said}") for keys, said in wrong]

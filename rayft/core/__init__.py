@@ -1,2 +1,1 @@
-"""Nouns and contracts. Nothing here knows a technique; `errors`, `record` and `storage` import no
-torch."""
+"""Nouns and contracts. Nothing here knows a technique."""

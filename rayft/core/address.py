@@ -2,7 +2,7 @@
 
 An address is a local path or `scheme://place/path?option=value`. Whatever is kept, shown or sent is
 clean: `clean` takes `KEY:SECRET@` and secret options out of an address at once and remembers them
-in the memory of this process only; `rayft.core.remote` looks them up again when it connects.
+in the memory of this process only; `rayft.storage.remote` looks them up again when it connects.
 `redact` does the same to any text (messages of other libraries, tracebacks, command lines), and
 hides remembered secrets wherever they stand.
 """

@@ -41,7 +41,7 @@ def say(text: str, *, err: bool = False, end: str = "\n") -> None:
             raise RayftError(f"cannot write to standard output: {reason}") from None
 
 
-class Lasting(io.TextIOBase):
+class LastingStream(io.TextIOBase):
     """A stream for a live display: when its terminal or pipe is gone, the display goes nowhere."""
 
     def __init__(self, stream: TextIO) -> None:

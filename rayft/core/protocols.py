@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from rayft.core.batch import Batch
-from rayft.core.shards import Shard, ShardReader
+from rayft.core.shards import ShardReader, StateShard
 
 
 @dataclass(frozen=True)
-class Group:
+class ParamGroup:
     """Parameters that share a learning rate and a weight decay.
 
     `name` is stable over restarts ("lora_B", "decay", "no_decay") and unique in a run; the learning
@@ -40,7 +40,7 @@ class Method(Protocol):
 
     keeps_base: bool  # True: the base weights never change, so `off` gives the base model back
 
-    def apply(self, model: nn.Module) -> list[Group]:
+    def apply(self, model: nn.Module) -> list[ParamGroup]:
         """Change `model` in place, set requires_grad on what trains, return it in groups (never an
         empty one)."""
         ...
@@ -85,7 +85,7 @@ class Objective(Protocol):
         ...
 
 
-class Stream(Protocol):
+class BatchStream(Protocol):
     """The training data as a pure function of the step: the cursor of a resumed run is its step
     number."""
 
@@ -123,7 +123,7 @@ class Engine(Protocol):
         """Learning rates by group name, as the optimizer itself holds them."""
         ...
 
-    def shard(self) -> Shard:
+    def shard(self) -> StateShard:
         """This rank's part of the state (live references, no copies)."""
         ...
 
@@ -151,6 +151,6 @@ class Strategy(Protocol):
         """Entered while the model is created (ZeRO-3 creates it sharded)."""
         ...
 
-    def prepare(self, step: nn.Module, groups: list[Group]) -> Engine:
+    def prepare(self, step: nn.Module, groups: list[ParamGroup]) -> Engine:
         """Wrap `step` (forward(tensors, packed, scale) -> rows) for training."""
         ...

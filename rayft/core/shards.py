@@ -19,7 +19,7 @@ PARAM = "param"  # the weight itself (fp32 master where the strategy keeps one)
 
 
 @dataclass(frozen=True)
-class Slice:
+class ParamSlice:
     """Elements [start, start + numel) of a flattened parameter.
 
     `tensors` maps a kind ("param", "exp_avg", "exp_avg_sq") to a flat tensor of numel elements.
@@ -31,11 +31,11 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Shard:
+class StateShard:
     """What one rank contributes to a checkpoint."""
 
     slices: Mapping[
-        str, Slice
+        str, ParamSlice
     ]  # by parameter name; a parameter this rank holds nothing of is left out
     whole: Mapping[str, Tensor] = field(
         default_factory=dict

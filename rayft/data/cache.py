@@ -29,9 +29,9 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 
-from rayft.core.sealed import BadRecord, seal, unseal
-from rayft.core.storage import Storage
-from rayft.data.table import Bad, Counts, TokenTable
+from rayft.data.table import BadRowEntry, TableCounts, TokenTable
+from rayft.storage.folder import Storage
+from rayft.storage.sealed import BadRecord, seal, unseal
 
 META = "meta.json"
 
@@ -43,7 +43,7 @@ class DamagedCache(Exception):
     """An entry is not what was written; the text names the file and what is wrong."""
 
 
-class _Sink(io.RawIOBase):
+class _HashingFile(io.RawIOBase):
     """A storage file with all that pyarrow asks of a Python file; counts and sums what it takes."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -78,9 +78,9 @@ def save(table: TokenTable, meta: Mapping[str, Any], storage: Storage) -> str:
     mark, bad = uuid4().hex[:8], table.bad_rows_jsonl()
     tokens, bad_rows = f"tokens-{mark}.arrow", f"bad_rows-{mark}.jsonl"
 
-    def write() -> _Sink:
+    def write() -> _HashingFile:
         with storage.open_output(tokens) as file:
-            sink = _Sink(file)
+            sink = _HashingFile(file)
             with pa.ipc.new_file(sink, batch.schema) as writer:
                 writer.write_batch(batch)
         return sink
@@ -143,7 +143,7 @@ def load(
         task=np.asarray(tasks, dtype=np.int32)[source],
         sources=tuple(sources),
         counts=tuple(_counts(item) for item in meta["counts"]),
-        bad=tuple(Bad(**json.loads(line)) for line in lines),
+        bad=tuple(BadRowEntry(**json.loads(line)) for line in lines),
         digest=digest,
     )
 
@@ -154,8 +154,8 @@ def listing(storage: Storage) -> str:
     return storage.shown(meta["bad_rows_file"]["name"]) if meta else ""
 
 
-def _counts(raw: Mapping[str, int]) -> Counts:
-    return Counts(**{item.name: raw[item.name] for item in fields(Counts)})
+def _counts(raw: Mapping[str, int]) -> TableCounts:
+    return TableCounts(**{item.name: raw[item.name] for item in fields(TableCounts)})
 
 
 def _verified(storage: Storage, wanted: Mapping[str, Any]) -> pa.Buffer:

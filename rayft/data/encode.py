@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayft.data.render import Rendered
+from rayft.data.render import RenderedText
 
 Ids = NDArray[np.int32]  # (N,)
 Mask = NDArray[np.bool_]  # (N,) True: this token is trained
 
 
-def encode(tokenizer: Any, documents: Sequence[Rendered]) -> list[tuple[Ids, Mask]]:
+def encode(tokenizer: Any, documents: Sequence[RenderedText]) -> list[tuple[Ids, Mask]]:
     """Token ids and loss mask of each document, in order. The first token is never a target."""
     pairs: dict[int, tuple[Ids, Mask]] = {}
     for special in (False, True):
@@ -34,7 +34,7 @@ def encode(tokenizer: Any, documents: Sequence[Rendered]) -> list[tuple[Ids, Mas
     return [_closed(tokenizer, *pairs[index], item) for index, item in enumerate(documents)]
 
 
-def _encode(tokenizer: Any, batch: list[Rendered], special: bool) -> list[tuple[Ids, Mask]]:
+def _encode(tokenizer: Any, batch: list[RenderedText], special: bool) -> list[tuple[Ids, Mask]]:
     if not tokenizer.is_fast:
         return [_pieces(tokenizer, item, special) for item in batch]
     encoded = tokenizer(
@@ -55,7 +55,7 @@ def _encode(tokenizer: Any, batch: list[Rendered], special: bool) -> list[tuple[
     return out
 
 
-def _aligned(offsets: NDArray[np.int64], item: Rendered) -> Mask | None:
+def _aligned(offsets: NDArray[np.int64], item: RenderedText) -> Mask | None:
     """(N,) mask; None when a token crosses the border of a span.
 
     Offsets may leave out the blank that a token begins with, and are (0, 0) for added tokens: a
@@ -78,7 +78,7 @@ def _aligned(offsets: NDArray[np.int64], item: Rendered) -> Mask | None:
     return mask
 
 
-def _pieces(tokenizer: Any, item: Rendered, special: bool) -> tuple[Ids, Mask]:
+def _pieces(tokenizer: Any, item: RenderedText, special: bool) -> tuple[Ids, Mask]:
     """Tokenise between the borders of the spans; the first piece gets the special tokens."""
     borders = sorted({0, len(item.text), *(border for span in item.spans for border in span)})
     ids: list[int] = []
@@ -98,7 +98,7 @@ def _end(tokenizer: Any) -> list[int]:
     return [tokenizer.eos_token_id]
 
 
-def _closed(tokenizer: Any, ids: Ids, mask: Mask, item: Rendered) -> tuple[Ids, Mask]:
+def _closed(tokenizer: Any, ids: Ids, mask: Mask, item: RenderedText) -> tuple[Ids, Mask]:
     """With the end-of-sequence token where the document wants one; its mask is that of the end."""
     if item.eos:
         if not len(ids) or ids[-1] != tokenizer.eos_token_id:

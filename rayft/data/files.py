@@ -21,7 +21,7 @@ from pyarrow import fs
 
 from rayft.core.address import redact, shown
 from rayft.core.errors import ConfigError, DataError, StorageError
-from rayft.core.remote import connect
+from rayft.storage.remote import connect
 
 SCHEMES = ("s3", "gs", "gcs", "file")
 FORMATS = {
@@ -41,7 +41,7 @@ _MAGIC = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
-class File:
+class DataFile:
     """One input file. `size` in bytes as stored; `mtime_ns` 0 where the store has none."""
 
     uri: str
@@ -85,7 +85,7 @@ class File:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find(path: str, base: Path | None = None) -> list[File]:
+def find(path: str, base: Path | None = None) -> list[DataFile]:
     """The files behind a path, folder, glob or URI, sorted by name.
 
     Raises:
@@ -110,7 +110,7 @@ def readable(name: str) -> Iterator[None]:
         raise DataError(f"cannot read {name}", cause=str(error.strerror or error)) from error
 
 
-def _find_local(path: str, local: Path) -> list[File]:
+def _find_local(path: str, local: Path) -> list[DataFile]:
     if local.is_file():
         return [_local(local)]
     if local.is_dir():
@@ -153,7 +153,7 @@ def looks_like_file(path: str) -> bool:
     )
 
 
-def line_blocks(file: File, size: int) -> list[tuple[int, int, int]]:
+def line_blocks(file: DataFile, size: int) -> list[tuple[int, int, int]]:
     """(start, stop, first line number) of pieces of about `size` bytes that end at line ends."""
     blocks, line = [], 1
     with readable(file.name), Path(file.uri).open("rb") as source:
@@ -178,12 +178,12 @@ def _suffix(path: str) -> str:
     return pure.suffix.lower()
 
 
-def _local(path: Path) -> File:
+def _local(path: Path) -> DataFile:
     stat = path.stat()
-    return File(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
+    return DataFile(str(path.absolute()), stat.st_size, stat.st_mtime_ns)
 
 
-def _known(path: str, files: Iterable[File], root: Path | None = None) -> list[File]:
+def _known(path: str, files: Iterable[DataFile], root: Path | None = None) -> list[DataFile]:
     """Files of known formats, sorted; hidden ones (. or _) and JSON descriptions are left out."""
     found = []
     for file in files:
@@ -208,7 +208,7 @@ def _system(uri: str) -> tuple[fs.FileSystem, str]:
     return fs.FileSystem.from_uri(uri) if uri.startswith("file:") else connect(uri)
 
 
-def _find_remote(uri: str) -> list[File]:
+def _find_remote(uri: str) -> list[DataFile]:
     scheme = uri.split("://")[0]
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
@@ -223,7 +223,7 @@ def _find_remote(uri: str) -> list[File]:
         raise DataError(f"cannot list {fixed}", cause=_first_line(error)) from error
     prefix = f"{scheme}://" if scheme != "file" else "file://"
     files = [
-        File(f"{prefix}{info.path}{mark}{query}", info.size, info.mtime_ns or 0)
+        DataFile(f"{prefix}{info.path}{mark}{query}", info.size, info.mtime_ns or 0)
         for info in infos
         if info.type == fs.FileType.File
     ]

@@ -15,7 +15,7 @@ from typing import Any
 from rayft.config.data import SourceSpec
 from rayft.core.errors import ConfigError, DataError
 from rayft.data.files import missing, readable
-from rayft.data.shapes import Layout
+from rayft.data.shapes import RowLayout
 
 _COLUMNS = {"system", "tools", "history", "chosen", "rejected"}  # named alike on both sides
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output"}
@@ -38,20 +38,20 @@ _KNOWN = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class DatasetEntry:
     """One dataset of the file. `path` is relative to `base` where it names a file."""
 
     path: str
     hub: bool
     base: Path
-    layout: Layout
+    layout: RowLayout
     subset: str | None
     split: str | None
     folder: str | None
     samples: int | None
 
 
-def entry(spec: SourceSpec) -> Entry:
+def entry(spec: SourceSpec) -> DatasetEntry:
     """The dataset `spec.path` of the file `spec.dataset_info` (or of the folder that holds it).
 
     Raises:
@@ -76,7 +76,7 @@ def entry(spec: SourceSpec) -> Entry:
     return _entry(spec.path, table[spec.path], file)
 
 
-def _entry(name: str, info: dict[str, Any], file: Path) -> Entry:
+def _entry(name: str, info: dict[str, Any], file: Path) -> DatasetEntry:
     hub = info.get("hf_hub_url")
     path = hub or info.get("cloud_file_name") or info.get("file_name")
     for key, why in _REFUSED.items():
@@ -87,7 +87,7 @@ def _entry(name: str, info: dict[str, Any], file: Path) -> Entry:
             raise ConfigError(f"dataset {name!r}: rayft does not know {key!r}", where=str(file))
     if not path:
         raise ConfigError(f"dataset {name!r} names no file_name, hf_hub_url", where=str(file))
-    return Entry(
+    return DatasetEntry(
         path=path,
         hub=bool(hub),
         base=file.absolute().parent,
@@ -99,7 +99,7 @@ def _entry(name: str, info: dict[str, Any], file: Path) -> Entry:
     )
 
 
-def _layout(name: str, info: dict[str, Any], file: Path) -> Layout:
+def _layout(name: str, info: dict[str, Any], file: Path) -> RowLayout:
     formatting, ranking = info.get("formatting", "alpaca"), bool(info.get("ranking"))
     columns, tags = info.get("columns", {}), info.get("tags", {})
     known = {*_COLUMNS, *_ALPACA, "messages"}
@@ -123,20 +123,22 @@ def _layout(name: str, info: dict[str, Any], file: Path) -> Layout:
     turns = columns.get("messages", "messages" if plain else "conversations")
     roles = {tags.get(tag, usual): ours for tag, (usual, ours) in _TAGS.items()}
     if ranking:
-        return Layout("preference", {"conversations": turns, **shared, **inner}, roles)
+        return RowLayout("preference", {"conversations": turns, **shared, **inner}, roles)
     shape = "messages" if plain else "sharegpt"
-    return Layout(
+    return RowLayout(
         shape, {"messages" if plain else "conversations": turns, **shared, **inner}, roles
     )
 
 
-def _alpaca(columns: dict[str, str], shared: dict[str, str], ranking: bool) -> Layout:
+def _alpaca(columns: dict[str, str], shared: dict[str, str], ranking: bool) -> RowLayout:
     """prompt, query and response are theirs for instruction, input and output. A dataset that maps
     a prompt alone (LLaMA-Factory's pre-training sets) is text."""
     if set(columns) == {"prompt"}:
-        return Layout("text", {"text": columns["prompt"]})
+        return RowLayout("text", {"text": columns["prompt"]})
     named = {theirs: columns.get(theirs, usual) for theirs, usual in _ALPACA.items()}
     if ranking:
-        return Layout("preference", {"prompt": named["prompt"], "input": named["query"], **shared})
+        return RowLayout(
+            "preference", {"prompt": named["prompt"], "input": named["query"], **shared}
+        )
     ours = {_ALPACA[theirs]: column for theirs, column in named.items()}
-    return Layout("alpaca", {**ours, **shared})
+    return RowLayout("alpaca", {**ours, **shared})

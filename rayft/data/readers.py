@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayft.core.errors import DataError
-from rayft.data.files import File, line_blocks, readable
+from rayft.data.files import DataFile, line_blocks, readable
 
 PREVIEW = 160  # characters of a bad row that are kept
 INVALID_UTF8 = "invalid UTF-8"
@@ -35,7 +35,7 @@ WHOLE: Block = (0, -1, 1)
 
 
 @dataclass(frozen=True)
-class Raw:
+class RawRow:
     """A row as read, or why it could not be read (`row` None)."""
 
     row: Row | None
@@ -53,7 +53,7 @@ def preview(value: Any) -> str:
     return text[:PREVIEW].encode("utf-8", "replace").decode("utf-8")
 
 
-def blocks(file: File, size: int) -> list[Block]:
+def blocks(file: DataFile, size: int) -> list[Block]:
     """How a file can be split into pieces of about `size` bytes; [WHOLE] where it cannot."""
     if file.format in ("lines", "text") and file.local and not file.compressed:
         return line_blocks(file, size) if file.size > size else [WHOLE]
@@ -62,7 +62,7 @@ def blocks(file: File, size: int) -> list[Block]:
     return [WHOLE]
 
 
-def read(file: File, block: Block = WHOLE) -> Iterator[Raw]:
+def read(file: DataFile, block: Block = WHOLE) -> Iterator[RawRow]:
     """The rows of a file, or of one of its blocks.
 
     Raises:
@@ -71,7 +71,7 @@ def read(file: File, block: Block = WHOLE) -> Iterator[Raw]:
     return _READERS[file.format or "unknown"](file, block)
 
 
-def _row_groups(file: File, size: int) -> list[Block]:
+def _row_groups(file: DataFile, size: int) -> list[Block]:
     meta = _parquet(file).metadata
     groups, start, filled = [], 0, 0
     for index in range(meta.num_row_groups):
@@ -85,7 +85,7 @@ def _row_groups(file: File, size: int) -> list[Block]:
 # --- lines ---
 
 
-def _numbered(file: File, block: Block) -> Iterator[tuple[int, bytes]]:
+def _numbered(file: DataFile, block: Block) -> Iterator[tuple[int, bytes]]:
     """(line number, bytes without the line end) of non-blank lines."""
     start, stop, number = block
     if stop < 0:
@@ -101,7 +101,7 @@ def _numbered(file: File, block: Block) -> Iterator[tuple[int, bytes]]:
             yield number + place, line.rstrip(b"\r\n")
 
 
-def _guarded(file: File, source: Iterable[bytes]) -> Iterator[bytes]:
+def _guarded(file: DataFile, source: Iterable[bytes]) -> Iterator[bytes]:
     """Lines; a store that fails or a broken archive names the file."""
     try:
         yield from source
@@ -109,40 +109,40 @@ def _guarded(file: File, source: Iterable[bytes]) -> Iterator[bytes]:
         raise DataError(f"cannot read {file.name}", cause=str(error)[:300]) from error
 
 
-def _decoded(number: int, line: bytes) -> str | Raw:
+def _decoded(number: int, line: bytes) -> str | RawRow:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Raw(None, number, f"{INVALID_UTF8} at byte {error.start}", preview(line))
+        return RawRow(None, number, f"{INVALID_UTF8} at byte {error.start}", preview(line))
 
 
-def _json_lines(file: File, block: Block) -> Iterator[Raw]:
+def _json_lines(file: DataFile, block: Block) -> Iterator[RawRow]:
     for number, line in _numbered(file, block):
         text = _decoded(number, line)
-        yield text if isinstance(text, Raw) else _object(text, number)
+        yield text if isinstance(text, RawRow) else _object(text, number)
 
 
-def _object(text: str, number: int) -> Raw:
+def _object(text: str, number: int) -> RawRow:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Raw(None, number, f"not JSON: {str(error)[:120]}", preview(text))
+        return RawRow(None, number, f"not JSON: {str(error)[:120]}", preview(text))
     return _checked(value, number)
 
 
-def _checked(value: Any, number: int | None) -> Raw:
+def _checked(value: Any, number: int | None) -> RawRow:
     if isinstance(value, dict):
-        return Raw(value, number)
-    return Raw(None, number, f"not an object but {type(value).__name__}", preview(value))
+        return RawRow(value, number)
+    return RawRow(None, number, f"not an object but {type(value).__name__}", preview(value))
 
 
-def _text_lines(file: File, block: Block) -> Iterator[Raw]:
+def _text_lines(file: DataFile, block: Block) -> Iterator[RawRow]:
     for number, line in _numbered(file, block):
         text = _decoded(number, line)
-        yield text if isinstance(text, Raw) else Raw({"text": text}, number)
+        yield text if isinstance(text, RawRow) else RawRow({"text": text}, number)
 
 
-def _json(file: File, block: Block) -> Iterator[Raw]:
+def _json(file: DataFile, block: Block) -> Iterator[RawRow]:
     lines = list(itertools.islice(_numbered(file, WHOLE), 2))
     if not lines:
         return
@@ -155,9 +155,9 @@ def _json(file: File, block: Block) -> Iterator[Raw]:
     try:
         value = json.loads(text.removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
-        yield Raw(None, error.lineno, f"not JSON: {error.msg}", preview(text[error.pos - 40 :]))
+        yield RawRow(None, error.lineno, f"not JSON: {error.msg}", preview(text[error.pos - 40 :]))
     except (ValueError, RecursionError) as error:
-        yield Raw(None, None, f"not JSON: {str(error)[:120]}", preview(text))
+        yield RawRow(None, None, f"not JSON: {str(error)[:120]}", preview(text))
     else:
         for item in value if isinstance(value, list) else [value]:
             yield _checked(item, None)
@@ -170,7 +170,7 @@ def _lenient(data: bytes) -> str:
 # --- tables ---
 
 
-def _csv(file: File, block: Block) -> Iterator[Raw]:
+def _csv(file: DataFile, block: Block) -> Iterator[RawRow]:
     csv.field_size_limit(_FIELD_LIMIT)
     lines = (_lenient(line) for line in _guarded(file, file.stream()))
     reader = csv.reader(lines, delimiter="\t" if file.format == "tsv" else ",")
@@ -181,32 +181,32 @@ def _csv(file: File, block: Block) -> Iterator[Raw]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Raw(None, number, f"not CSV: {error}")
+            yield RawRow(None, number, f"not CSV: {error}")
             fields = []
         if header is None and fields:
             header = [fields[0].removeprefix("\ufeff"), *fields[1:]]
         elif fields and header is not None:
             if len(fields) == len(header):
-                yield Raw(dict(zip(header, fields, strict=True)), number)
+                yield RawRow(dict(zip(header, fields, strict=True)), number)
             else:
                 reason = f"{len(fields)} fields where the header has {len(header)}"
-                yield Raw(None, number, reason, preview(fields))
+                yield RawRow(None, number, reason, preview(fields))
         number = reader.line_num + 1
 
 
-def _parquet(file: File) -> pq.ParquetFile:
+def _parquet(file: DataFile) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file.random())
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"not a parquet file: {file.name}", cause=str(error)[:300]) from error
 
 
-def _parquet_rows(file: File, block: Block) -> Iterator[Raw]:
+def _parquet_rows(file: DataFile, block: Block) -> Iterator[RawRow]:
     groups = None if block[1] < 0 else list(range(block[0], block[1]))
     yield from _table_rows(file, _parquet(file).iter_batches(1024, row_groups=groups))
 
 
-def _arrow_rows(file: File, block: Block) -> Iterator[Raw]:
+def _arrow_rows(file: DataFile, block: Block) -> Iterator[RawRow]:
     source = file.random()
     try:
         reader = pa.ipc.open_file(source)
@@ -220,7 +220,7 @@ def _arrow_rows(file: File, block: Block) -> Iterator[Raw]:
     yield from _table_rows(file, batches)
 
 
-def _table_rows(file: File, batches: Iterable[pa.RecordBatch]) -> Iterator[Raw]:
+def _table_rows(file: DataFile, batches: Iterable[pa.RecordBatch]) -> Iterator[RawRow]:
     try:
         for batch in batches:
             yield from batch_rows(batch)
@@ -228,21 +228,21 @@ def _table_rows(file: File, batches: Iterable[pa.RecordBatch]) -> Iterator[Raw]:
         raise DataError(f"{file.name} is damaged", cause=str(error)[:300]) from error
 
 
-def batch_rows(batch: pa.RecordBatch) -> Iterator[Raw]:
+def batch_rows(batch: pa.RecordBatch) -> Iterator[RawRow]:
     """Rows of a record batch; one by one where a string in it is not UTF-8."""
     try:
-        yield from [Raw(row) for row in batch.to_pylist()]
+        yield from [RawRow(row) for row in batch.to_pylist()]
         return
     except UnicodeDecodeError:
         pass
     for index in range(batch.num_rows):
         try:
-            yield Raw(batch.slice(index, 1).to_pylist()[0])
+            yield RawRow(batch.slice(index, 1).to_pylist()[0])
         except UnicodeDecodeError as error:
-            yield Raw(None, None, INVALID_UTF8, preview(bytes(error.object)))
+            yield RawRow(None, None, INVALID_UTF8, preview(bytes(error.object)))
 
 
-def _unknown(file: File, block: Block) -> Iterator[Raw]:
+def _unknown(file: DataFile, block: Block) -> Iterator[RawRow]:
     raise DataError(f"unknown file format: {file.name}", fix="rename it, or convert it to .jsonl")
 
 

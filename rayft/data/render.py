@@ -25,7 +25,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from rayft.core.errors import ConfigError
-from rayft.data.shapes import Chat, Example, Pair, Preference, Text
+from rayft.data.shapes import ChatExample, Example, PreferencePair, PromptPair, TextExample
 from rayft.data.turns import BadRow, Message
 
 _LAST_WORDS = 20  # characters of a turn that must be found in what is trained
@@ -36,7 +36,7 @@ _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, Attribute
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedText:
     """Text, the spans of it that are trained, and what the tokenizer adds: its own special tokens
     (`special`), an end-of-sequence token (`eos`; trained as `spans` end says)."""
 
@@ -46,7 +46,7 @@ class Rendered:
     eos: bool
 
 
-class Renderer:
+class ExampleRenderer:
     """Renders examples for one tokenizer.
 
     Args:
@@ -71,14 +71,14 @@ class Renderer:
         if tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer has no end-of-sequence token (eos_token)")
 
-    def __call__(self, example: Example) -> Rendered:
+    def __call__(self, example: Example) -> RenderedText:
         """The text of an example.
 
         Raises:
             BadRow: nothing in it can be trained, or the template refuses it.
             ConfigError: a conversation, but no template; text, but an objective for completions.
         """
-        if isinstance(example, Preference):
+        if isinstance(example, PreferencePair):
             return self(example.chosen)
         rendered = self._render(example)
         try:
@@ -87,22 +87,22 @@ class Renderer:
             raise BadRow(f"invalid UTF-8 at character {error.start}") from None
         return rendered
 
-    def _render(self, example: Text | Pair | Chat) -> Rendered:
-        if isinstance(example, Text):
+    def _render(self, example: TextExample | PromptPair | ChatExample) -> RenderedText:
+        if isinstance(example, TextExample):
             return self._text(example)
-        if isinstance(example, Chat):
+        if isinstance(example, ChatExample):
             return self._chat(example)
         if not example.completion.strip():
             raise BadRow("empty completion")
         if self.has_template:
             turns = ({"role": "user", "content": example.prompt},)
             answer = {"role": "assistant", "content": example.completion}
-            return self._chat(Chat((*turns, answer), (None, None), start=1))
+            return self._chat(ChatExample((*turns, answer), (None, None), start=1))
         text = example.prompt + example.completion
         start = 0 if self.train_all else len(example.prompt)
-        return Rendered(text, ((start, len(text)),), special=True, eos=True)
+        return RenderedText(text, ((start, len(text)),), special=True, eos=True)
 
-    def _text(self, example: Text) -> Rendered:
+    def _text(self, example: TextExample) -> RenderedText:
         if self.text_only_fails:
             raise ConfigError(
                 "objective sft trains completions, and rows of plain text have none",
@@ -110,11 +110,11 @@ class Renderer:
             )
         if not example.text.strip():
             raise BadRow("empty text")
-        return Rendered(example.text, ((0, len(example.text)),), special=True, eos=True)
+        return RenderedText(example.text, ((0, len(example.text)),), special=True, eos=True)
 
     # --- conversations ---
 
-    def _chat(self, chat: Chat) -> Rendered:
+    def _chat(self, chat: ChatExample) -> RenderedText:
         if not self.has_template:
             raise ConfigError(
                 "the data holds conversations, and the tokenizer has no chat template",
@@ -124,15 +124,15 @@ class Renderer:
         marked = [index for index in range(len(chat.messages)) if self._differs(chat, index)]
         if self.train_all:
             spans = _complement([self._span(chat, whole, index) for index in marked], len(whole))
-            return Rendered(whole, tuple(spans), special=False, eos=False)
+            return RenderedText(whole, tuple(spans), special=False, eos=False)
         if not any(_says(chat.messages[index]) for index in marked):
             known = any(message["role"] == "assistant" for message in chat.messages)
             raise BadRow("every trained turn is empty" if known else "no assistant turn")
         spans = [self._span(chat, whole, index) for index in marked]
         bare = marked[-1] == len(chat.messages) - 1 and _endless(chat.messages[-1], whole)
-        return Rendered(whole, tuple(spans), special=False, eos=bare)
+        return RenderedText(whole, tuple(spans), special=False, eos=bare)
 
-    def _differs(self, chat: Chat, index: int) -> bool:
+    def _differs(self, chat: ChatExample, index: int) -> bool:
         """Whether a turn is not treated like the bulk: trained among untrained, or the reverse."""
         flag = chat.flags[index]
         if self.train_all:
@@ -141,14 +141,14 @@ class Renderer:
             return flag
         return chat.messages[index]["role"] == "assistant" and index >= chat.start
 
-    def _span(self, chat: Chat, whole: str, index: int) -> Span:
+    def _span(self, chat: ChatExample, whole: str, index: int) -> Span:
         start = self._start(chat, whole, index)
         stop = self._end(chat, whole, index, start)
         if chat.messages[index]["content"].strip()[-_LAST_WORDS:] not in whole[start:stop]:
             raise BadRow(f"the chat template leaves out what turn {index} says")
         return start, stop
 
-    def _start(self, chat: Chat, whole: str, index: int) -> int:
+    def _start(self, chat: ChatExample, whole: str, index: int) -> int:
         """Where turn `index` begins to speak: after its header if it is the assistant's."""
         speaks = chat.messages[index]["role"] == "assistant"
         if index == 0:
@@ -167,7 +167,7 @@ class Renderer:
             raise BadRow(f"the chat template renders the turns before turn {index} in another way")
         return len(before)
 
-    def _end(self, chat: Chat, whole: str, index: int, start: int) -> int:
+    def _end(self, chat: ChatExample, whole: str, index: int, start: int) -> int:
         if index == len(chat.messages) - 1:
             return len(whole)
         until = self._apply(chat, index + 1, generation=False)
@@ -184,7 +184,7 @@ class Renderer:
                 return spoken + len(end)
         raise BadRow(f"the chat template renders turn {index} in another way inside the whole")
 
-    def _apply(self, chat: Chat, count: int, *, generation: bool) -> str:
+    def _apply(self, chat: ChatExample, count: int, *, generation: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 list(chat.messages[:count]),

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayft.core.errors import ConfigError
-from rayft.data.turns import SWITCHES, BadRow, Keys, Message, flag, read_tools, read_turns, said
+from rayft.data.turns import SWITCHES, BadRow, Message, TurnKeys, flag, read_tools, read_turns, said
 
 Row = Mapping[str, Any]
 
@@ -45,14 +45,14 @@ OPTIONAL = {
 
 
 @dataclass(frozen=True)
-class Text:
+class TextExample:
     """Plain text."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Pair:
+class PromptPair:
     """Two strings."""
 
     prompt: str
@@ -60,7 +60,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatExample:
     """A conversation. `flags[i]`: turn i is trained (True), is not (False), or its role decides;
     turns before `start` are the prompt, which a completion objective never trains by itself."""
 
@@ -71,18 +71,18 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class Preference:
+class PreferencePair:
     """A better and a worse answer to the same prompt."""
 
-    chosen: Pair | Chat
-    rejected: Pair | Chat
+    chosen: PromptPair | ChatExample
+    rejected: PromptPair | ChatExample
 
 
-Example = Text | Pair | Chat | Preference
+Example = TextExample | PromptPair | ChatExample | PreferencePair
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """How the rows of a source are laid out: `columns` maps ours to theirs, `roles` theirs to ours
     (user, assistant, system, tool, function_call)."""
 
@@ -91,9 +91,9 @@ class Layout:
     roles: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def keys(self) -> Keys:
+    def keys(self) -> TurnKeys:
         """How turns are written."""
-        return Keys(self.columns.get("role"), self.columns.get("content"), self.roles)
+        return TurnKeys(self.columns.get("role"), self.columns.get("content"), self.roles)
 
     def check(self) -> None:
         """Raises ConfigError for a column name that no shape, or not this one, has."""
@@ -151,34 +151,34 @@ def _listed(row: Row) -> str:
 # --- the shapes ---
 
 
-def _text(view: Row, layout: Layout) -> Text:
-    return Text(_string(view, "text"))
+def _text(view: Row, layout: RowLayout) -> TextExample:
+    return TextExample(_string(view, "text"))
 
 
-def _alpaca(view: Row, layout: Layout) -> Chat:
+def _alpaca(view: Row, layout: RowLayout) -> ChatExample:
     turns = [*_before(view), said("user", _instruction(view, "instruction"))]
     return _chat([*turns, said("assistant", _string(view, "output"))], view)
 
 
-def _sharegpt(view: Row, layout: Layout) -> Chat:
+def _sharegpt(view: Row, layout: RowLayout) -> ChatExample:
     return _chat(
         [*_system(view), *read_turns(view["conversations"], "conversations", layout.keys)], view
     )
 
 
-def _messages(view: Row, layout: Layout) -> Chat:
+def _messages(view: Row, layout: RowLayout) -> ChatExample:
     return _chat([*_system(view), *read_turns(view["messages"], "messages", layout.keys)], view)
 
 
-def _prompt_completion(view: Row, layout: Layout) -> Pair | Chat:
+def _prompt_completion(view: Row, layout: RowLayout) -> PromptPair | ChatExample:
     return _answered(view, "completion", layout)
 
 
-def _preference(view: Row, layout: Layout) -> Preference:
-    return Preference(_answered(view, "chosen", layout), _answered(view, "rejected", layout))
+def _preference(view: Row, layout: RowLayout) -> PreferencePair:
+    return PreferencePair(_answered(view, "chosen", layout), _answered(view, "rejected", layout))
 
 
-_PARSERS: dict[str, Callable[[Row, Layout], Example]] = {
+_PARSERS: dict[str, Callable[[Row, RowLayout], Example]] = {
     "text": _text,
     "alpaca": _alpaca,
     "sharegpt": _sharegpt,
@@ -188,12 +188,12 @@ _PARSERS: dict[str, Callable[[Row, Layout], Example]] = {
 }
 
 
-def _answered(view: Row, name: str, layout: Layout) -> Pair | Chat:
+def _answered(view: Row, name: str, layout: RowLayout) -> PromptPair | ChatExample:
     """The prompt of a row together with the answer in column `name`."""
     answer, prompt = view[name], view.get("prompt")
     surrounded = any(view.get(key) for key in ("system", "history", "tools", "conversations"))
     if isinstance(answer, str) and isinstance(prompt, str) and not surrounded:
-        return Pair(_instruction(view, "prompt"), answer)
+        return PromptPair(_instruction(view, "prompt"), answer)
     if isinstance(answer, str):
         answered = [said("assistant", answer)]
     else:
@@ -232,14 +232,14 @@ def _system(view: Row) -> list[Message]:
     return [said("system", system)] if isinstance(system, str) and system else []
 
 
-def _chat(turns: list[Message], view: Row, start: int = 0) -> Chat:
+def _chat(turns: list[Message], view: Row, start: int = 0) -> ChatExample:
     if not turns:
         raise BadRow("empty conversation")
     if len(turns) > 1 and turns[0]["role"] == turns[1]["role"] == "system":
         turns, start = turns[1:], max(start - 1, 0)  # the conversation brings its own
     flags = tuple(flag(turn) for turn in turns)
     bare = [{key: turn[key] for key in turn if key not in SWITCHES} for turn in turns]
-    return Chat(tuple(bare), flags, read_tools(view.get("tools")), start)
+    return ChatExample(tuple(bare), flags, read_tools(view.get("tools")), start)
 
 
 def _string(view: Row, name: str) -> str:

@@ -26,13 +26,13 @@ from rayft.config.data import SourceSpec
 from rayft.core.address import redact
 from rayft.core.errors import ConfigError, DataError
 from rayft.data import builtin, files, llamafactory, readers
-from rayft.data.files import File
-from rayft.data.readers import Raw
-from rayft.data.shapes import Layout
+from rayft.data.files import DataFile
+from rayft.data.readers import RawRow
+from rayft.data.shapes import RowLayout
 
 
 @dataclass(frozen=True)
-class Block:
+class SourceBlock:
     """A part of a source: of its n-th file, from `start` to `stop` in units of the format."""
 
     part: int = 0
@@ -41,18 +41,18 @@ class Block:
     line: int = 1
 
 
-class Rows(Protocol):
+class RowReader(Protocol):
     """Rows that can be read in blocks."""
 
-    def blocks(self, size: int) -> list[Block]:
+    def blocks(self, size: int) -> list[SourceBlock]:
         """Blocks of about `size` bytes, in order."""
         ...
 
-    def read(self, block: Block) -> Iterator[Raw]:
+    def read(self, block: SourceBlock) -> Iterator[RawRow]:
         """The rows of one block, in order."""
         ...
 
-    def place(self, block: Block) -> str:
+    def place(self, block: SourceBlock) -> str:
         """The file a block belongs to, for people."""
         ...
 
@@ -65,21 +65,20 @@ class Rows(Protocol):
 class FileRows:
     """Rows of files."""
 
-    files: tuple[File, ...]
+    files: tuple[DataFile, ...]
 
-    def blocks(self, size: int) -> list[Block]:
+    def blocks(self, size: int) -> list[SourceBlock]:
         """Files in the order of their names, large ones in pieces."""
         return [
-            Block(part, *piece)
+            SourceBlock(part, *piece)
             for part, file in enumerate(self.files)
             for piece in readers.blocks(file, size)
         ]
 
-    def read(self, block: Block) -> Iterator[Raw]:
-        """See readers.read."""
+    def read(self, block: SourceBlock) -> Iterator[RawRow]:
         return readers.read(self.files[block.part], (block.start, block.stop, block.line))
 
-    def place(self, block: Block) -> str:
+    def place(self, block: SourceBlock) -> str:
         """Path or URI."""
         return self.files[block.part].name
 
@@ -121,14 +120,14 @@ class DatasetRows:
                 else "",
             ) from error
 
-    def blocks(self, size: int) -> list[Block]:
+    def blocks(self, size: int) -> list[SourceBlock]:
         """Ranges of rows."""
         found = self.load()
         rows = len(found)
         step = max(1, rows * size // max(found.data.nbytes, size)) if rows else 1
-        return [Block(0, start, min(start + step, rows)) for start in range(0, rows, step)]
+        return [SourceBlock(0, start, min(start + step, rows)) for start in range(0, rows, step)]
 
-    def read(self, block: Block) -> Iterator[Raw]:
+    def read(self, block: SourceBlock) -> Iterator[RawRow]:
         """Rows of the range, converted batch by batch."""
         found = self.load()
         stop = len(found) if block.stop < 0 else block.stop
@@ -137,7 +136,7 @@ class DatasetRows:
             for batch in part[:].to_batches():
                 yield from readers.batch_rows(batch)
 
-    def place(self, block: Block) -> str:
+    def place(self, block: SourceBlock) -> str:
         """The id or folder."""
         return self.path
 
@@ -164,20 +163,20 @@ class BuiltinRows:
     name: str
     split: str
 
-    def blocks(self, size: int) -> list[Block]:
+    def blocks(self, size: int) -> list[SourceBlock]:
         """One."""
-        return [Block()]
+        return [SourceBlock()]
 
-    def read(self, block: Block) -> Iterator[Raw]:
+    def read(self, block: SourceBlock) -> Iterator[RawRow]:
         """All rows. Raises ConfigError for an unknown name or split."""
         try:
-            return (Raw(row) for row in _builtin(self.name, self.split))
+            return (RawRow(row) for row in _builtin(self.name, self.split))
         except ValueError as error:
             raise ConfigError(str(error)) from error
         except FileNotFoundError as error:
             raise DataError(str(error), where=self.place(block)) from error
 
-    def place(self, block: Block) -> str:
+    def place(self, block: SourceBlock) -> str:
         """builtin:NAME."""
         return f"builtin:{self.name}"
 
@@ -191,22 +190,22 @@ class BuiltinRows:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One source, found and described. `name` is what the user wrote."""
 
     name: str
     task: str
     weight: float
-    layout: Layout
+    layout: RowLayout
     samples: int | None
-    rows: Rows
+    rows: RowReader
 
-    def blocks(self, size: int) -> list[Block]:
+    def blocks(self, size: int) -> list[SourceBlock]:
         """Blocks to read in parallel; one part after another where only the first rows are wanted,
         so that a limit means the same rows everywhere."""
-        return self.rows.blocks(size) if self.samples is None else [Block(part=-1)]
+        return self.rows.blocks(size) if self.samples is None else [SourceBlock(part=-1)]
 
-    def read(self, block: Block) -> Iterator[tuple[str, Raw]]:
+    def read(self, block: SourceBlock) -> Iterator[tuple[str, RawRow]]:
         """(file, row) of one block."""
         if block.part >= 0:
             place = self.rows.place(block)
@@ -218,14 +217,14 @@ class Source:
         )
         return itertools.islice(whole, self.samples)
 
-    def peek(self, count: int) -> list[Raw]:
+    def peek(self, count: int) -> list[RawRow]:
         """The first rows."""
         first = itertools.islice(self.rows.blocks(1 << 20), 4)
         rows = (raw for block in first for raw in self.rows.read(block))
         return list(itertools.islice(rows, count))
 
 
-def resolve(spec: SourceSpec, *, heldout: bool = False) -> Source:
+def resolve(spec: SourceSpec, *, heldout: bool = False) -> DataSource:
     """Find what a SourceSpec names. `heldout`: a builtin without a split gives its held-out one.
 
     Raises:
@@ -234,28 +233,30 @@ def resolve(spec: SourceSpec, *, heldout: bool = False) -> Source:
     """
     if spec.dataset_info is not None:
         return _from_entry(spec, llamafactory.entry(spec))
-    layout = Layout(spec.shape, dict(spec.columns))
+    layout = RowLayout(spec.shape, dict(spec.columns))
     layout.check()
     return _source(spec, layout, _rows(spec, heldout))
 
 
-def _source(spec: SourceSpec, layout: Layout, rows: Rows, samples: int | None = None) -> Source:
-    return Source(spec.path, spec.task, spec.weight, layout, spec.samples or samples, rows)
+def _source(
+    spec: SourceSpec, layout: RowLayout, rows: RowReader, samples: int | None = None
+) -> DataSource:
+    return DataSource(spec.path, spec.task, spec.weight, layout, spec.samples or samples, rows)
 
 
-def _rows(spec: SourceSpec, heldout: bool) -> Rows:
+def _rows(spec: SourceSpec, heldout: bool) -> RowReader:
     path = spec.path
     if path.startswith("builtin:"):
         split = spec.split or ("heldout" if heldout else "train")
         rows = BuiltinRows(path.removeprefix("builtin:"), split)
-        rows.read(Block())  # an unknown name is refused here
+        rows.read(SourceBlock())  # an unknown name is refused here
         return rows
     if files.exists(path) or files.looks_like_file(path):
         return _local(path, spec.split)
     return DatasetRows(path, spec.subset, spec.split)
 
 
-def _local(path: str, split: str | None, base: Path | None = None) -> Rows:
+def _local(path: str, split: str | None, base: Path | None = None) -> RowReader:
     folder = Path(path).expanduser()
     folder = folder if base is None else base / folder
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
@@ -263,16 +264,16 @@ def _local(path: str, split: str | None, base: Path | None = None) -> Rows:
     return FileRows(tuple(files.find(path, base)))
 
 
-def _from_entry(spec: SourceSpec, entry: llamafactory.Entry) -> Source:
+def _from_entry(spec: SourceSpec, entry: llamafactory.DatasetEntry) -> DataSource:
     """What the config says (shape, columns, split, samples) is stronger than dataset_info.json."""
     layout = entry.layout
     if spec.columns or spec.shape != "auto":
         shape = layout.shape if spec.shape == "auto" else spec.shape
-        layout = Layout(shape, {**layout.columns, **spec.columns}, layout.roles)
+        layout = RowLayout(shape, {**layout.columns, **spec.columns}, layout.roles)
         layout.check()
     split = spec.split or entry.split
     if entry.hub:
-        rows: Rows = DatasetRows(entry.path, spec.subset or entry.subset, split, entry.folder)
+        rows: RowReader = DatasetRows(entry.path, spec.subset or entry.subset, split, entry.folder)
     else:
         rows = _local(entry.path, split, entry.base)
     return _source(spec, layout, rows, entry.samples)

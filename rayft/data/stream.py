@@ -30,7 +30,7 @@ from rayft.data.table import TokenTable
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """One epoch: row r holds documents[offsets[r]:offsets[r + 1]]."""
 
     documents: NDArray[np.int64]
@@ -48,7 +48,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class TrainStream:
-    """Micro-batches by step (core.protocols.Stream).
+    """Micro-batches by step (core.protocols.BatchStream).
 
     Args:
         table: the documents.
@@ -130,9 +130,9 @@ class TrainStream:
             rows += round(part * (self._start(whole + 1) - rows))
         return max(1, rows)
 
-    def plan(self, epoch: int) -> Plan:
+    def plan(self, epoch: int) -> EpochPlan:
         """The rows of an epoch; the last two are kept."""
-        plans: dict[int, Plan] = self.__dict__["_plans"]
+        plans: dict[int, EpochPlan] = self.__dict__["_plans"]
         if epoch not in plans:
             while len(plans) > 1:
                 del plans[next(iter(plans))]
@@ -141,7 +141,7 @@ class TrainStream:
 
     # --- inside ---
 
-    def _plan(self, epoch: int) -> Plan:
+    def _plan(self, epoch: int) -> EpochPlan:
         rng = np.random.default_rng([self.seed, epoch])
         chosen = [
             _passes(np.flatnonzero(self.table.source == index), weight, rng)
@@ -149,7 +149,7 @@ class TrainStream:
         ]
         documents = rng.permutation(np.concatenate(chosen))
         if not self.packing:
-            return Plan(documents, np.arange(len(documents) + 1))
+            return EpochPlan(documents, np.arange(len(documents) + 1))
         lengths, task = self.table.lengths, self.table.task[documents]
         orders, sizes = [], []
         for value in np.unique(task):
@@ -204,14 +204,14 @@ def _passes(
 
 def _shuffled(
     documents: NDArray[np.int64], sizes: NDArray[np.int64], rng: np.random.Generator
-) -> Plan:
+) -> EpochPlan:
     """Packed rows in random order."""
     order = rng.permutation(len(sizes))
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     offsets = np.concatenate([[0], np.cumsum(sizes[order])])
     # position in the new list -> position in the old one
     take = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts[order], sizes[order])
-    return Plan(documents[take], offsets)
+    return EpochPlan(documents[take], offsets)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadRowEntry:
     """A row that was not used, as listed in bad_rows.jsonl. `row` counts from 0 in its source,
     `line` from 1 in its file (null where the format has no lines)."""
 
@@ -35,7 +35,7 @@ class Bad:
 
 
 @dataclass(frozen=True)
-class Counts:
+class TableCounts:
     """rows = documents + dropped + bad; `cut` documents are among the documents; `trained` tokens
     are targets."""
 
@@ -47,9 +47,9 @@ class Counts:
     dropped: int = 0
     bad: int = 0
 
-    def __add__(self, other: Counts) -> Counts:
+    def __add__(self, other: TableCounts) -> TableCounts:
         mine, theirs = asdict(self), asdict(other)
-        return Counts(**{key: mine[key] + theirs[key] for key in mine})
+        return TableCounts(**{key: mine[key] + theirs[key] for key in mine})
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class TokenTable:
     row: NDArray[np.int64]
     task: NDArray[np.int32]
     sources: tuple[str, ...]
-    counts: tuple[Counts, ...]
-    bad: tuple[Bad, ...] = ()
+    counts: tuple[TableCounts, ...]
+    bad: tuple[BadRowEntry, ...] = ()
     digest: str = ""
 
     @property
@@ -83,9 +83,9 @@ class TokenTable:
         return np.diff(self.offsets)
 
     @property
-    def total(self) -> Counts:
+    def total(self) -> TableCounts:
         """Over all sources."""
-        return sum(self.counts, Counts())
+        return sum(self.counts, TableCounts())
 
     def length(self, index: int) -> int:
         """Tokens of one document."""
@@ -118,9 +118,9 @@ def from_documents(
     rows: Sequence[int],
     *,
     source: int,
-    counts: Sequence[Counts],
+    counts: Sequence[TableCounts],
     sources: Sequence[str],
-    bad: Sequence[Bad] = (),
+    bad: Sequence[BadRowEntry] = (),
 ) -> TokenTable:
     """A table of documents of one source; all have task 0 until
     `TokenTable.with_tasks`."""
@@ -161,7 +161,7 @@ def joined(tables: Sequence[TokenTable], rows: Sequence[int]) -> TokenTable:
         task=np.concatenate([table.task for table in tables]),
         sources=tables[0].sources,
         counts=tuple(
-            sum((table.counts[index] for table in tables), Counts())
+            sum((table.counts[index] for table in tables), TableCounts())
             for index in range(len(tables[0].sources))
         ),
         bad=tuple(bad),

@@ -17,13 +17,12 @@ from typing import Any
 from rayft.config.data import DataSpec
 from rayft.config.objectives import ObjectiveSpec
 from rayft.core.errors import DataError
-from rayft.core.storage import Storage
 from rayft.data.cache import DamagedCache, listing, load, save
-from rayft.data.sources import Source
+from rayft.data.sources import DataSource
 from rayft.data.table import TokenTable
 from rayft.data.work import (
-    Recipe,
-    Shard,
+    DataShard,
+    TokenRecipe,
     merge,
     recipe,
     sources_of,
@@ -31,10 +30,11 @@ from rayft.data.work import (
     task_names,
     tokenise_shard,
 )
+from rayft.storage.folder import Storage
 
 __all__ = [
-    "Recipe",
-    "Shard",
+    "TokenRecipe",
+    "DataShard",
     "check_bad",
     "data_hash",
     "fingerprint",
@@ -61,7 +61,7 @@ def prepare(
     *,
     heldout: bool = False,
     chat_template: str | None = None,
-    run: Callable[[Sequence[Shard], Recipe], Iterable[TokenTable]] | None = None,
+    run: Callable[[Sequence[DataShard], TokenRecipe], Iterable[TokenTable]] | None = None,
 ) -> TokenTable:
     """The token table of data.train (or, `heldout`, of data.eval): from the cache if it is there,
     else tokenised by `run` (shards, recipe -> a table per shard, in order; default: here) and
@@ -125,7 +125,7 @@ def check_bad(table: TokenTable, share: float, listed: str = "") -> None:
             )
 
 
-def fingerprint(sources: Sequence[Source], tokenizer: Any, how: Recipe) -> dict[str, Any]:
+def fingerprint(sources: Sequence[DataSource], tokenizer: Any, how: TokenRecipe) -> dict[str, Any]:
     """Everything that decides about the table, by name: {"sources": [{"content": {file: hash},
     "layout": ...}], "tokenizer": hash, "recipe": ..., "version": ...}. Two of them can be compared
     to say what changed. Local files count by their bytes; objects by size and time of change."""

@@ -25,7 +25,7 @@ class BadRow(ValueError):
 
 
 @dataclass(frozen=True)
-class Keys:
+class TurnKeys:
     """How turns are written: the keys of role and content where they are unusual, and `roles`,
     theirs to ours (user, assistant, system, tool, function_call)."""
 
@@ -39,7 +39,7 @@ def said(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def read_turns(value: Any, name: str, keys: Keys) -> list[Message]:
+def read_turns(value: Any, name: str, keys: TurnKeys) -> list[Message]:
     """The turns in column `name`: a list of objects, or JSON text of one. Raises BadRow."""
     value = parsed(value)
     if not isinstance(value, list | tuple):
@@ -78,7 +78,7 @@ def parsed(value: Any) -> Any:
     return out if isinstance(out, list | dict) else value
 
 
-def _turn(turn: Any, name: str, keys: Keys) -> Message:
+def _turn(turn: Any, name: str, keys: TurnKeys) -> Message:
     if not isinstance(turn, Mapping):
         raise BadRow(f"a turn of {name} is not an object but {type(turn).__name__}")
     role = _pick(turn, (keys.role, "role", "from"))

@@ -1,8 +1,8 @@
 """Rows -> TokenTable: split the work, tokenise each part, merge.
 
 Pure functions without Ray, for whoever runs the parts (see tokenise.py). What a part becomes
-depends on its rows, the tokenizer and `Recipe` alone, and parts are merged in the order of sources,
-files and rows: the table is the same however the work was split.
+depends on its rows, the tokenizer and `TokenRecipe` alone, and parts are merged in the order of
+sources, files and rows: the table is the same however the work was split.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rayft.config.objectives import LmSpec, ObjectiveSpec
 from rayft.core.errors import ConfigError, DataError
 from rayft.data import table as tables
 from rayft.data.encode import encode
-from rayft.data.readers import Raw, preview
-from rayft.data.render import Rendered, Renderer
+from rayft.data.readers import RawRow, preview
+from rayft.data.render import ExampleRenderer, RenderedText
 from rayft.data.shapes import known_shapes
-from rayft.data.sources import Block, Source, resolve
-from rayft.data.table import Bad, Counts, TokenTable
+from rayft.data.sources import DataSource, SourceBlock, resolve
+from rayft.data.table import BadRowEntry, TableCounts, TokenTable
 from rayft.data.turns import BadRow
 
 SHARD_BYTES = 8 << 20
@@ -30,7 +30,7 @@ _PEEKED = 20  # first rows looked at before the work starts
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TokenRecipe:
     """What decides about tokens, besides rows and tokenizer."""
 
     max_length: int
@@ -41,19 +41,21 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Shard:
+class DataShard:
     """A part of the work: one block of one source."""
 
     index: int  # of the source
     sources: int  # how many there are
-    source: Source
-    block: Block
+    source: DataSource
+    block: SourceBlock
 
 
-def recipe(data: DataSpec, objective: ObjectiveSpec, chat_template: str | None = None) -> Recipe:
+def recipe(
+    data: DataSpec, objective: ObjectiveSpec, chat_template: str | None = None
+) -> TokenRecipe:
     """The recipe of a run; `chat_template` is jinja text, or None for the tokenizer's own."""
     lm = isinstance(objective, LmSpec)
-    return Recipe(
+    return TokenRecipe(
         max_length=data.max_length,
         overflow=data.overflow,
         train_all=lm or objective.train_on_prompt,
@@ -67,14 +69,14 @@ def task_names(data: DataSpec) -> tuple[str, ...]:
     return tuple(sorted({spec.task for spec in (*data.train, *data.eval)}))
 
 
-def sources_of(data: DataSpec, *, heldout: bool = False) -> list[Source]:
+def sources_of(data: DataSpec, *, heldout: bool = False) -> list[DataSource]:
     """The sources of data.train, or of data.eval. Raises ConfigError, DataError."""
     return [resolve(spec, heldout=heldout) for spec in (data.eval if heldout else data.train)]
 
 
 def split_work(
-    sources: Sequence[Source], tokenizer: Any, how: Recipe, shard_bytes: int = SHARD_BYTES
-) -> list[Shard]:
+    sources: Sequence[DataSource], tokenizer: Any, how: TokenRecipe, shard_bytes: int = SHARD_BYTES
+) -> list[DataShard]:
     """The parts, in order. Looks at the first rows of every source first, so that a wrong mapping
     or objective is refused in seconds.
 
@@ -86,13 +88,13 @@ def split_work(
     for source in sources:
         _check(source, renderer)
     return [
-        Shard(index, len(sources), source, block)
+        DataShard(index, len(sources), source, block)
         for index, source in enumerate(sources)
         for block in source.blocks(shard_bytes)
     ]
 
 
-def tokenise_shard(shard: Shard, tokenizer: Any, how: Recipe) -> TokenTable:
+def tokenise_shard(shard: DataShard, tokenizer: Any, how: TokenRecipe) -> TokenTable:
     """The documents and bad rows of one part; row numbers count from 0 in it.
 
     Raises:
@@ -119,7 +121,7 @@ def tokenise_shard(shard: Shard, tokenizer: Any, how: Recipe) -> TokenTable:
             cut += long
             documents.append((ids, mask))
             numbers.append(number)
-    count = Counts(
+    count = TableCounts(
         rows=rows,
         documents=len(documents),
         tokens=sum(len(ids) for ids, _ in documents),
@@ -128,7 +130,7 @@ def tokenise_shard(shard: Shard, tokenizer: Any, how: Recipe) -> TokenTable:
         dropped=dropped,
         bad=len(bad),
     )
-    counts = [count if index == shard.index else Counts() for index in range(shard.sources)]
+    counts = [count if index == shard.index else TableCounts() for index in range(shard.sources)]
     names = [source.name if index == shard.index else "" for index in range(shard.sources)]
     bad.sort(key=lambda item: item.row)
     return tables.from_documents(
@@ -137,7 +139,7 @@ def tokenise_shard(shard: Shard, tokenizer: Any, how: Recipe) -> TokenTable:
 
 
 def merge(
-    names: Sequence[str], shards: Sequence[Shard], parts: Sequence[TokenTable], digest: str = ""
+    names: Sequence[str], shards: Sequence[DataShard], parts: Sequence[TokenTable], digest: str = ""
 ) -> TokenTable:
     """The parts as one table, in the order of `shards`; `names` are those of all sources. All
     documents have task 0 until TokenTable.with_tasks.
@@ -157,8 +159,8 @@ def merge(
 # --- parts ---
 
 
-def _renderer(tokenizer: Any, how: Recipe) -> Renderer:
-    return Renderer(
+def _renderer(tokenizer: Any, how: TokenRecipe) -> ExampleRenderer:
+    return ExampleRenderer(
         tokenizer,
         train_all=how.train_all,
         text_only_fails=how.text_only_fails,
@@ -166,7 +168,7 @@ def _renderer(tokenizer: Any, how: Recipe) -> Renderer:
     )
 
 
-def _check(source: Source, renderer: Renderer) -> None:
+def _check(source: DataSource, renderer: ExampleRenderer) -> None:
     """Refuse a source none of whose first rows can be used."""
     first: BadRow | ConfigError | None = None
     for raw in source.peek(_PEEKED):
@@ -196,11 +198,11 @@ def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _rendered(
-    batch: Sequence[tuple[int, tuple[str, Raw]]],
-    source: Source,
-    renderer: Renderer,
-    bad: list[Bad],
-) -> Iterator[tuple[int, str, Raw, Rendered]]:
+    batch: Sequence[tuple[int, tuple[str, RawRow]]],
+    source: DataSource,
+    renderer: ExampleRenderer,
+    bad: list[BadRowEntry],
+) -> Iterator[tuple[int, str, RawRow, RenderedText]]:
     """The rows that can be rendered; the others go to `bad`."""
     for number, (file, raw) in batch:
         if raw.row is None:
@@ -214,6 +216,6 @@ def _rendered(
             bad.append(_bad(source, number, file, raw, error.what))
 
 
-def _bad(source: Source, number: int, file: str, raw: Raw, reason: str) -> Bad:
+def _bad(source: DataSource, number: int, file: str, raw: RawRow, reason: str) -> BadRowEntry:
     shown = raw.preview or preview(raw.row)
-    return Bad(source.name, number, file, raw.line, preview(reason)[:300], shown)
+    return BadRowEntry(source.name, number, file, raw.line, preview(reason)[:300], shown)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from rayft.core.errors import ConfigError
-from rayft.core.protocols import Group, Method
+from rayft.core.protocols import Method, ParamGroup
 
 
-def apply_all(model: nn.Module, methods: Sequence[Method], *, seed: int = 0) -> list[Group]:
+def apply_all(model: nn.Module, methods: Sequence[Method], *, seed: int = 0) -> list[ParamGroup]:
     """Change `model` in place; the groups of all methods, in order.
 
     Afterwards requires_grad is true on exactly the parameters of the groups.
@@ -35,7 +35,7 @@ def apply_all(model: nn.Module, methods: Sequence[Method], *, seed: int = 0) -> 
                 fix=f"give one entry of kind {kind}; its targets may be a list",
             )
     model.requires_grad_(False)
-    groups: list[Group] = []
+    groups: list[ParamGroup] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for method in methods:
@@ -48,7 +48,7 @@ def apply_all(model: nn.Module, methods: Sequence[Method], *, seed: int = 0) -> 
     return groups
 
 
-def _check(model: nn.Module, groups: list[Group]) -> None:
+def _check(model: nn.Module, groups: list[ParamGroup]) -> None:
     names = {param: name for name, param in model.named_parameters()}
     owner: dict[nn.Parameter, str] = {}
     seen: set[str] = set()

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from rayft.config.methods import FullSpec
 from rayft.core.errors import ConfigError, StorageError
 from rayft.core.params import full_shape
-from rayft.core.protocols import Group
+from rayft.core.protocols import ParamGroup
 
 
 class Full:
@@ -32,7 +32,7 @@ class Full:
     def __init__(self, spec: FullSpec) -> None:
         self.spec = spec
 
-    def apply(self, model: PreTrainedModel) -> list[Group]:
+    def apply(self, model: PreTrainedModel) -> list[ParamGroup]:
         """Groups `decay` (matrices) and `no_decay`; whichever is empty is left out.
 
         Raises:
@@ -46,7 +46,7 @@ class Full:
         params = list(model.parameters())
         decay = tuple(param for param in params if len(full_shape(param)) >= 2)
         rest = tuple(param for param in params if len(full_shape(param)) < 2)
-        groups = [Group("decay", decay), Group("no_decay", rest, decay=False)]
+        groups = [ParamGroup("decay", decay), ParamGroup("no_decay", rest, decay=False)]
         return [group for group in groups if group.params]
 
     def off(self, model: nn.Module) -> AbstractContextManager[None]:

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rayft.config.methods import LoraSpec
 from rayft.core.errors import ConfigError, StorageError
-from rayft.core.protocols import Group
+from rayft.core.protocols import ParamGroup
 from rayft.methods.full import reopened_tensors
 
 ADAPTER = "default"  # peft's own name for the first adapter
@@ -49,7 +49,7 @@ class Lora:
     def __init__(self, spec: LoraSpec) -> None:
         self.spec = spec
 
-    def apply(self, model: PreTrainedModel) -> list[Group]:
+    def apply(self, model: PreTrainedModel) -> list[ParamGroup]:
         """Inject adapters; groups `lora_A`, `lora_B` and, with DoRA, `lora_magnitude` (no decay).
 
         Raises:
@@ -77,9 +77,9 @@ class Lora:
         _inject(model, config)
         named = list(model.named_parameters())
         groups = [
-            Group("lora_A", _params(named, ".lora_A.")),
-            Group("lora_B", _params(named, ".lora_B."), lr_ratio=self.spec.lr_ratio),
-            Group("lora_magnitude", _params(named, ".lora_magnitude_vector."), decay=False),
+            ParamGroup("lora_A", _params(named, ".lora_A.")),
+            ParamGroup("lora_B", _params(named, ".lora_B."), lr_ratio=self.spec.lr_ratio),
+            ParamGroup("lora_magnitude", _params(named, ".lora_magnitude_vector."), decay=False),
         ]
         return [group for group in groups if group.params]
 

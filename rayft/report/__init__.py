@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rayft.core.storage import Storage
+from rayft.storage.folder import Storage
 
 PAGE, TABLE, JOURNAL = "report.html", "trials.csv", "optuna-journal.log"
 

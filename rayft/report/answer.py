@@ -6,11 +6,11 @@ import shlex
 from html import escape
 
 from rayft.core.address import below
-from rayft.core.ledger import LEDGER
-from rayft.core.sealed import told
+from rayft.records.ledger import LEDGER
 from rayft.report.axes import written
-from rayft.report.facts import Facts, value_of
-from rayft.report.numbers import Scale, seconds
+from rayft.report.facts import SweepFacts, value_of
+from rayft.report.numbers import MetricScale, seconds
+from rayft.storage.sealed import told
 
 ENDED_BY = {
     "max_seconds": "the time limit ended the search",
@@ -19,7 +19,7 @@ ENDED_BY = {
 }
 
 
-def standing(facts: Facts) -> str:
+def standing(facts: SweepFacts) -> str:
     """One line on how far the sweep is; more when something is not as it should be."""
     record = facts.record
     over = facts.count("done", "stopped", "diverged", "failed")
@@ -49,13 +49,13 @@ def standing(facts: Facts) -> str:
         "diverged": "Every trial diverged, so there is no winner. Lower the learning rates in "
         "sweep.space, or lengthen optim.warmup.",
     }.get(record.status, "")
-    lost = told(LEDGER, facts.book.damage)
+    lost = told(LEDGER, facts.ledger.damage)
     warnings = [said, f"{lost}. What they said is in no number here." if lost else ""]
     shown = [f'<p class="status" role="status">{escape(text)}</p>' for text in warnings if text]
     return f'<p class="note">{escape(line.strip())}</p>{"".join(shown)}'
 
 
-def answer(facts: Facts, scale: Scale) -> str:
+def answer(facts: SweepFacts, scale: MetricScale) -> str:
     """The result in a sentence, and how sure it is."""
     best, metric = facts.best, escape(facts.record.metric)
     if best is None or best.value is None:
@@ -77,7 +77,7 @@ def answer(facts: Facts, scale: Scale) -> str:
     return f'<p class="lead">{lead}</p><p>{" ".join(_details(facts, scale))}</p>'
 
 
-def _details(facts: Facts, scale: Scale) -> list[str]:
+def _details(facts: SweepFacts, scale: MetricScale) -> list[str]:
     best = facts.best
     assert best is not None and best.value is not None  # answer() has looked
     said = []
@@ -109,7 +109,7 @@ def _details(facts: Facts, scale: Scale) -> list[str]:
     return said
 
 
-def _seeds(facts: Facts, scale: Scale) -> str:
+def _seeds(facts: SweepFacts, scale: MetricScale) -> str:
     spread, best = facts.spread, facts.best
     assert spread is not None and best is not None and best.value is not None  # as above
     count = len(spread.values)
@@ -134,7 +134,7 @@ def _seeds(facts: Facts, scale: Scale) -> str:
     return said
 
 
-def winner(facts: Facts) -> str:
+def winner(facts: SweepFacts) -> str:
     """The searched fields: what won, what the config had, and what was tried."""
     if facts.best is None:
         return ""
@@ -163,7 +163,7 @@ def winner(facts: Facts) -> str:
     )
 
 
-def commands(facts: Facts, place: str) -> str:
+def commands(facts: SweepFacts, place: str) -> str:
     """What to type to use, check and repeat the winner; only what is there to be used."""
     if facts.best is None:
         return ""

@@ -32,7 +32,7 @@ def level(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Axis:
+class SpaceAxis:
     """One dimension.
 
     A range has `low` and `high`, in units of the field. A list has `levels`, the texts of its
@@ -87,7 +87,7 @@ class Axis:
         return "low" if place <= near else "high" if place >= 1 - near else ""
 
 
-def axes(space: Mapping[str, Domain], seen: Iterable[Mapping[str, Any]]) -> tuple[Axis, ...]:
+def axes(space: Mapping[str, Domain], seen: Iterable[Mapping[str, Any]]) -> tuple[SpaceAxis, ...]:
     """The axes of a space, wide enough for every params in `seen` (population-based training may
     leave the domain)."""
     flat = dict(_unpaired(space))
@@ -115,18 +115,18 @@ def _unpaired(space: Mapping[str, Domain]) -> Iterator[tuple[str, Domain]]:
             yield path, Domain(**{"loguniform" if wide else "uniform": (low, high)})
 
 
-def _axis(name: str, label: str, domain: Domain, seen: Sequence[Mapping[str, Any]]) -> Axis:
+def _axis(name: str, label: str, domain: Domain, seen: Sequence[Mapping[str, Any]]) -> SpaceAxis:
     ends = domain.uniform or domain.loguniform or domain.integers
-    bare = Axis(name, label, domain, domain.loguniform is not None, 0.0, 0.0)
+    bare = SpaceAxis(name, label, domain, domain.loguniform is not None, 0.0, 0.0)
     if ends is not None:
         places = [*map(float, ends), *(p for each in seen if (p := bare.at(each)) is not None)]
-        return Axis(name, label, domain, bare.log, min(places), max(places))
+        return SpaceAxis(name, label, domain, bare.log, min(places), max(places))
     values = [*(domain.values or ()), *(v for each in seen if (v := bare.pick(each)) is not None)]
     unique = list({level(value): value for value in values}.items())
     if all(isinstance(v, int | float) and not isinstance(v, bool) for _, v in unique):
         unique.sort(key=lambda pair: pair[1])
     levels = tuple(text for text, _ in unique)
-    return Axis(name, label, domain, False, 0.0, float(len(levels) - 1), levels)
+    return SpaceAxis(name, label, domain, False, 0.0, float(len(levels) - 1), levels)
 
 
 def _labels(names: list[str]) -> dict[str, str]:

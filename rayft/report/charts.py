@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rayft.report.facts import Facts, Row, front
+from rayft.report.facts import SweepFacts, TrialResult, front
 from rayft.report.figure import (
     COSTS,
     Chart,
@@ -18,11 +18,11 @@ from rayft.report.figure import (
     ticks,
     words,
 )
-from rayft.report.numbers import Scale, amount
-from rayft.report.study import Importance
+from rayft.report.numbers import MetricScale, amount
+from rayft.report.study import ParamImportance
 
 
-def strip(facts: Facts, scale: Scale) -> Chart:
+def strip(facts: SweepFacts, scale: MetricScale) -> Chart:
     """Every trial's result on one line, with the base model and the median."""
     rows = facts.ranked()
     heights = _spread_out([row.value or 0.0 for row in rows])
@@ -53,7 +53,7 @@ def strip(facts: Facts, scale: Scale) -> Chart:
     return Chart("strip", {"data": data, "layout": made}, told, 190)
 
 
-def important(facts: Facts, found: Importance) -> Chart:
+def important(facts: SweepFacts, found: ParamImportance) -> Chart:
     """Shares per parameter as bars, with the chance level."""
     labels = {axis.name: axis.label for axis in facts.axes}
     names = [words(labels[name]) for name in found.shares][::-1]
@@ -83,7 +83,7 @@ def important(facts: Facts, found: Importance) -> Chart:
     return Chart("importance", figure, f"Importance: {told}.", 50 + 34 * len(names))
 
 
-def slices(facts: Facts) -> list[Chart]:
+def slices(facts: SweepFacts) -> list[Chart]:
     """The result over each parameter by itself."""
     charts = []
     rows = facts.ranked()
@@ -99,7 +99,7 @@ def slices(facts: Facts) -> list[Chart]:
     return charts
 
 
-def costs(facts: Facts) -> list[Chart]:
+def costs(facts: SweepFacts) -> list[Chart]:
     """The result over each kind of cost, with the Pareto front."""
     charts = []
     for name, label in COSTS.items():
@@ -180,10 +180,10 @@ def _reach(values: Iterable[float | None], share: float) -> list[float]:
     return [min(known) - pad, max(known) + pad]
 
 
-def _wobble(row: Row) -> float:
+def _wobble(row: TrialResult) -> float:
     """A fixed place in [-0.5, 0.5) by the trial's id: many trials share a level."""
     return (sum(ord(c) * 31**i for i, c in enumerate(row.trial.id)) % 97) / 97 - 0.5
 
 
-def _better(facts: Facts) -> str:
+def _better(facts: SweepFacts) -> str:
     return "lower is better" if facts.sign > 0 else "higher is better"

@@ -6,16 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rayft.report.facts import Facts, Row
+from rayft.report.facts import SweepFacts, TrialResult
 from rayft.report.figure import SYMBOLS, Chart, Figure, layout, pointed, words
-from rayft.report.numbers import Scale
+from rayft.report.numbers import MetricScale
 
 FEW = 5
 """Trials drawn in colour and named; the rest is grey."""
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
-def curves(facts: Facts, scale: Scale) -> Chart:
+def curves(facts: SweepFacts, scale: MetricScale) -> Chart:
     """The best few in colour, dashed each in its own way; the rest grey."""
     rows = [row for row in facts.rows if _course(row, facts)]
     strong = [row for row in facts.ranked() if row in rows][:FEW]
@@ -48,20 +48,20 @@ def curves(facts: Facts, scale: Scale) -> Chart:
     return Chart("curves", {"data": data, "layout": made}, told, 440)
 
 
-def _course(row: Row, facts: Facts) -> list[tuple[int, float]]:
+def _course(row: TrialResult, facts: SweepFacts) -> list[tuple[int, float]]:
     """(step, metric) of every report that has a finite one."""
     told = [(r.step, r.metrics.get(facts.record.metric, math.nan)) for r in row.trial.reports]
     return [(step, value) for step, value in told if math.isfinite(value)]
 
 
-def _start(row: Row, facts: Facts) -> list[tuple[int, float]]:
+def _start(row: TrialResult, facts: SweepFacts) -> list[tuple[int, float]]:
     """The base model is where every trial that started anew begins."""
     course = _course(row, facts)
     known = facts.base is not None and course[0][0] > 0 and not row.trial.donors
     return [(0, facts.base or 0.0), *course] if known else course
 
 
-def _line(row: Row, number: int, facts: Facts, scale: Scale) -> Figure:
+def _line(row: TrialResult, number: int, facts: SweepFacts, scale: MetricScale) -> Figure:
     course = _start(row, facts)
     best = number == 0
     return {
@@ -79,7 +79,7 @@ def _line(row: Row, number: int, facts: Facts, scale: Scale) -> Figure:
     }  # fmt: skip
 
 
-def _crowd(rows: Sequence[Row], facts: Facts) -> Figure:
+def _crowd(rows: Sequence[TrialResult], facts: SweepFacts) -> Figure:
     """All grey lines in one trace, with gaps between."""
     xs: list[Any] = []
     ys: list[Any] = []
@@ -96,7 +96,7 @@ def _crowd(rows: Sequence[Row], facts: Facts) -> Figure:
     }  # fmt: skip
 
 
-def _ends(rows: Sequence[Row], facts: Facts) -> list[Figure]:
+def _ends(rows: Sequence[TrialResult], facts: SweepFacts) -> list[Figure]:
     """Where each grey line ends, marked by why."""
     found = []
     for status in ("stopped", "diverged", "failed", "running", "done"):
@@ -118,7 +118,7 @@ def _ends(rows: Sequence[Row], facts: Facts) -> list[Figure]:
     return found
 
 
-def _range(rows: Sequence[Row], facts: Facts) -> list[float]:
+def _range(rows: Sequence[TrialResult], facts: SweepFacts) -> list[float]:
     """From the best to the base model, or nine in ten of the values where that is further; what
     diverged is cut off."""
     values = sorted(facts.sign * v for row in rows for _, v in _course(row, facts))

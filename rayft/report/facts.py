@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 from rayft.config.sweep import SweepSpec
 from rayft.core.errors import ConfigError, StorageError
-from rayft.core.ledger import LEDGER, Book, Trial, read_ledger
-from rayft.core.record import SweepRecord
-from rayft.core.sealed import BadRecord, told
-from rayft.core.storage import Storage
-from rayft.report.axes import Axis, axes
-from rayft.report.savings import Savings, savings
+from rayft.records.ledger import LEDGER, LedgerContents, LedgerTrial, read_ledger
+from rayft.records.run_record import SweepRecord
+from rayft.report.axes import SpaceAxis, axes
+from rayft.report.savings import EngineSavings, savings
+from rayft.storage.folder import Storage
+from rayft.storage.sealed import BadRecord, told
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +29,10 @@ LOST = ("diverged", "failed")
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialResult:
     """One trial and its result."""
 
-    trial: Trial
+    trial: LedgerTrial
     value: float | None  # its best finite metric
     at: int | None  # the step of that
     told: dict[str, float]  # the newest of every metric it reported
@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedSpread:
     """A winner over seeds: the repetitions only, for the winner itself was chosen by its luck."""
 
     values: tuple[float, ...]
@@ -53,20 +53,20 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Facts:
+class SweepFacts:
     """All that the page, the table and the Optuna study are made of."""
 
     record: SweepRecord
     spec: SweepSpec
-    book: Book
-    axes: tuple[Axis, ...]
-    rows: tuple[Row, ...]  # of the search, in the order of the ledger
-    repeats: tuple[Row, ...]  # the winner again with other seeds
-    best: Row | None
+    ledger: LedgerContents
+    axes: tuple[SpaceAxis, ...]
+    rows: tuple[TrialResult, ...]  # of the search, in the order of the ledger
+    repeats: tuple[TrialResult, ...]  # the winner again with other seeds
+    best: TrialResult | None
     base: float | None  # the base model's metric
     median: float | None  # of all that ended or run, diverged ones the worst; None: it diverged
-    spread: Spread | None
-    saved: Savings | None
+    spread: SeedSpread | None
+    saved: EngineSavings | None
     files: frozenset[str]  # of best/
 
     @property
@@ -78,26 +78,28 @@ class Facts:
         """Trials of the search with one of these statuses."""
         return sum(row.trial.status in statuses for row in self.rows)
 
-    def ranked(self) -> list[Row]:
+    def ranked(self) -> list[TrialResult]:
         """Trials with a result that counts, the best first."""
         fair = [row for row in self.rows if row.fair]
         return sorted(fair, key=lambda row: self.sign * (row.value or 0.0))
 
 
-def read_facts(storage: Storage) -> Facts:
+def read_facts(storage: Storage) -> SweepFacts:
     """Everything about the sweep in this folder.
 
     Raises:
         ConfigError: the folder is no sweep; it says what it is.
         StorageError: sweep.json cannot be read.
     """
-    book = read_ledger(storage)
-    if book.damage:
-        log.warning("%s", told(storage.shown(LEDGER), book.damage))
-    return facts(_record(storage), book, _files(storage))
+    ledger = read_ledger(storage)
+    if ledger.damage:
+        log.warning("%s", told(storage.shown(LEDGER), ledger.damage))
+    return facts(_record(storage), ledger, _files(storage))
 
 
-def facts(record: SweepRecord, book: Book, files: frozenset[str] = frozenset()) -> Facts:
+def facts(
+    record: SweepRecord, ledger: LedgerContents, files: frozenset[str] = frozenset()
+) -> SweepFacts:
     """The numbers of a sweep.
 
     Raises:
@@ -111,16 +113,16 @@ def facts(record: SweepRecord, book: Book, files: frozenset[str] = frozenset()) 
             f"the sweep block in {RECORD} of {record.name} is not understood: {first['msg']}",
             fix="build the report with the version of rayft that wrote it",
         ) from error
-    every = [_row(trial, record) for trial in book.trials.values()]
+    every = [_row(trial, record) for trial in ledger.trials.values()]
     rows = tuple(row for row in every if not row.trial.origin)
     sign = 1 if record.mode == "min" else -1
     fair = [row for row in rows if row.fair]
     best = min(fair, key=lambda row: sign * (row.value or 0.0), default=None)
     again = tuple(row for row in every if best is not None and row.trial.origin == best.trial.id)
-    return Facts(
+    return SweepFacts(
         record=record,
         spec=spec,
-        book=book,
+        ledger=ledger,
         axes=axes(spec.space, [row.trial.params for row in rows]),
         rows=rows,
         repeats=again,
@@ -129,15 +131,15 @@ def facts(record: SweepRecord, book: Book, files: frozenset[str] = frozenset()) 
         median=_median(rows, sign),
         spread=_spread(again),
         saved=savings(
-            book,
-            lambda trial: planned(record, spec, book, trial),
+            ledger,
+            lambda trial: planned(record, spec, ledger, trial),
             record.config.get("train", {}).get("eval_every"),
         ),
         files=files,
     )
 
 
-def cost(facts: Facts) -> dict[str, float]:
+def cost(facts: SweepFacts) -> dict[str, float]:
     """SweepRecord.cost: engine seconds; {} before any trial has told its own."""
     bill = facts.saved
     if bill is None:
@@ -151,21 +153,23 @@ def cost(facts: Facts) -> dict[str, float]:
     }
 
 
-def planned(record: SweepRecord, spec: SweepSpec, book: Book, trial: Trial) -> int | None:
+def planned(
+    record: SweepRecord, spec: SweepSpec, ledger: LedgerContents, trial: LedgerTrial
+) -> int | None:
     """Steps that a trial was meant to take; None where only a data set's length would tell."""
     own = trial.params.get("train.steps")
     steps = own or spec.steps or record.config.get("train", {}).get("steps")
     if isinstance(steps, int):
         return steps
-    return max((t.step for t in book.trials.values() if t.status == "done"), default=None)
+    return max((t.step for t in ledger.trials.values() if t.status == "done"), default=None)
 
 
-def front(rows: Sequence[Row], cost: str, sign: int) -> list[Row]:
+def front(rows: Sequence[TrialResult], cost: str, sign: int) -> list[TrialResult]:
     """The Pareto front of result against a cost, cheapest first: no other trial is at least as
     good in both and better in one."""
     told = [row for row in rows if row.fair and math.isfinite(row.told.get(cost, math.nan))]
     told.sort(key=lambda row: (row.told[cost], sign * (row.value or 0.0)))
-    kept: list[Row] = []
+    kept: list[TrialResult] = []
     for row in told:
         if not kept or sign * (row.value or 0.0) < sign * (kept[-1].value or 0.0):
             kept.append(row)
@@ -212,23 +216,23 @@ def _files(storage: Storage) -> frozenset[str]:
     return frozenset(entry.name for entry in storage.list("best"))
 
 
-def _row(trial: Trial, record: SweepRecord) -> Row:
+def _row(trial: LedgerTrial, record: SweepRecord) -> TrialResult:
     best = trial.best(record.metric, record.mode)
     told: dict[str, float] = {}
     for report in trial.reports:
         told |= report.metrics
     value = None if best is None else best.metrics[record.metric]
-    return Row(trial, value, None if best is None else best.step, told)
+    return TrialResult(trial, value, None if best is None else best.step, told)
 
 
-def _base(record: SweepRecord, rows: Sequence[Row]) -> float | None:
+def _base(record: SweepRecord, rows: Sequence[TrialResult]) -> float | None:
     known = record.base.get(record.metric)
     if known is None and record.metric == "eval_loss":
         known = next((row.told["base_loss"] for row in rows if "base_loss" in row.told), None)
     return known if known is not None and math.isfinite(known) else None
 
 
-def _median(rows: Sequence[Row], sign: int) -> float | None:
+def _median(rows: Sequence[TrialResult], sign: int) -> float | None:
     """The lower middle of all results; a diverged trial is worse than every other."""
     counted = [
         sign * row.value if row.fair and row.value is not None else math.inf
@@ -239,9 +243,9 @@ def _median(rows: Sequence[Row], sign: int) -> float | None:
     return sign * middle if math.isfinite(middle) else None
 
 
-def _spread(again: Sequence[Row]) -> Spread | None:
+def _spread(again: Sequence[TrialResult]) -> SeedSpread | None:
     values = tuple(row.value for row in again if row.fair and row.value is not None)
     if not values:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return Spread(values, statistics.fmean(values), deviation)
+    return SeedSpread(values, statistics.fmean(values), deviation)

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayft.report.axes import Axis, written
-from rayft.report.facts import Facts, Row
-from rayft.report.numbers import Scale, amount
+from rayft.report.axes import SpaceAxis, written
+from rayft.report.facts import SweepFacts, TrialResult
+from rayft.report.numbers import MetricScale, amount
 
 Figure = dict[str, Any]
 SYMBOLS = {"done": "circle", "stopped": "x", "diverged": "triangle-up", "failed": "square"}
@@ -42,12 +42,12 @@ def words(text: Any) -> str:
     return html.escape(str(text), quote=False).replace("@", "&#64;")
 
 
-def pointed(row: Row) -> str:
+def pointed(row: TrialResult) -> str:
     """What page.js puts the trial's `hover` for: the text is on the page once."""
     return f"@@{row.trial.id}"
 
 
-def hover(row: Row, facts: Facts, scale: Scale) -> str:
+def hover(row: TrialResult, facts: SweepFacts, scale: MetricScale) -> str:
     """What a trial says when it is pointed at."""
     value = "no result" if row.value is None else scale.text(row.value)
     lines = [f"<b>{words(row.trial.id)}</b> {words(facts.record.metric)} {value}"]
@@ -79,7 +79,7 @@ def layout(x: str = "", y: str = "", **more: Any) -> Figure:
     return made
 
 
-def ticks(axis: Axis) -> dict[str, Any]:
+def ticks(axis: SpaceAxis) -> dict[str, Any]:
     """A Plotly axis for a dimension."""
     if axis.levels:
         texts = [words(short(level, 18)) for level in axis.levels]
@@ -98,15 +98,15 @@ def ticks(axis: Axis) -> dict[str, Any]:
 
 
 def points(
-    rows: Sequence[Row], xs: Iterable[Any], ys: Iterable[Any], facts: Facts,
-    size: int = 8, strong: Sequence[Row] | None = None,
+    rows: Sequence[TrialResult], xs: Iterable[Any], ys: Iterable[Any], facts: SweepFacts,
+    size: int = 8, strong: Sequence[TrialResult] | None = None,
 ) -> Figure:  # fmt: skip
     """Trials as markers: the best a star, those in `strong` filled, the rest lighter."""
     best = facts.best.trial.id if facts.best else ""
     chosen = None if strong is None else {row.trial.id for row in strong}
     crowd = 0.55 if len(rows) > 100 else 0.8
 
-    def is_strong(row: Row) -> bool:
+    def is_strong(row: TrialResult) -> bool:
         return chosen is not None and row.trial.id in chosen
 
     return {
@@ -126,7 +126,7 @@ def points(
     }  # fmt: skip
 
 
-def metric_axis(facts: Facts, rows: Sequence[Row]) -> dict[str, Any]:
+def metric_axis(facts: SweepFacts, rows: Sequence[TrialResult]) -> dict[str, Any]:
     """Where the results are; far outliers are cut off rather than squeezing the rest."""
     values = sorted(facts.sign * (row.value or 0.0) for row in rows)
     if not values:

@@ -7,14 +7,14 @@ from html import escape
 from typing import Any
 
 from rayft.report.axes import written
-from rayft.report.facts import Facts, Row
-from rayft.report.numbers import Scale, many, seconds, size
+from rayft.report.facts import SweepFacts, TrialResult
+from rayft.report.numbers import MetricScale, many, seconds, size
 
 MOST = 200
 """Copies that are listed one by one."""
 
 
-def failures(facts: Facts) -> str:
+def failures(facts: SweepFacts) -> str:
     """Trials without a result that counts, each with the first line of its error."""
     rows = [r for r in (*facts.rows, *facts.repeats) if r.trial.status in ("failed", "diverged")]
     if not rows:
@@ -32,7 +32,7 @@ def failures(facts: Facts) -> str:
     )
 
 
-def inheritance(facts: Facts) -> str:
+def inheritance(facts: SweepFacts) -> str:
     """Population-based training: who took over whose weights, and when."""
     copies = sorted(
         (step, row.trial.id, donor) for row in facts.rows for step, donor in row.trial.donors
@@ -59,7 +59,7 @@ def inheritance(facts: Facts) -> str:
     )
 
 
-def every_trial(facts: Facts, scale: Scale) -> str:
+def every_trial(facts: SweepFacts, scale: MetricScale) -> str:
     """The sortable table; the best result first."""
     if not facts.rows:
         return ""
@@ -88,7 +88,7 @@ Column = tuple[str, str, bool]
 """Key, heading, whether it holds numbers."""
 
 
-def _columns(facts: Facts) -> list[Column]:
+def _columns(facts: SweepFacts) -> list[Column]:
     told = {name for row in facts.rows for name in row.told}
     listed: list[Column] = [
         ("trial", "trial", False),
@@ -104,7 +104,9 @@ def _columns(facts: Facts) -> list[Column]:
     return [*listed, *((name, label, True) for name, label in costs if name in told)]
 
 
-def _line(facts: Facts, row: Row, columns: Sequence[Column], scale: Scale) -> str:
+def _line(
+    facts: SweepFacts, row: TrialResult, columns: Sequence[Column], scale: MetricScale
+) -> str:
     star = facts.best is not None and row.trial.id == facts.best.trial.id
     cells = []
     for name, _, number in columns:
@@ -120,7 +122,7 @@ def _line(facts: Facts, row: Row, columns: Sequence[Column], scale: Scale) -> st
     return f"<tr{' class=best' if star else ''}>{''.join(cells)}</tr>"
 
 
-def _cell(facts: Facts, row: Row, name: str, scale: Scale) -> tuple[Any, str]:
+def _cell(facts: SweepFacts, row: TrialResult, name: str, scale: MetricScale) -> tuple[Any, str]:
     """What to sort by, and what to show."""
     trial = row.trial
     if name.startswith("axis "):
@@ -155,7 +157,7 @@ def _class(number: bool) -> str:
     return ' class="n"' if number else ""
 
 
-def _order(facts: Facts, name: str) -> str:
+def _order(facts: SweepFacts, name: str) -> str:
     way = "ascending" if facts.sign > 0 else "descending"
     return f' aria-sort="{way}"' if name == "value" else ""
 

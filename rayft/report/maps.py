@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rayft.report.axes import Axis, written
-from rayft.report.facts import Facts, Row
+from rayft.report.axes import SpaceAxis, written
+from rayft.report.facts import SweepFacts, TrialResult
 from rayft.report.figure import Chart, Figure, layout, pointed, ticks, words
-from rayft.report.numbers import Scale
-from rayft.report.study import Importance
+from rayft.report.numbers import MetricScale
+from rayft.report.study import ParamImportance
 
 MOST = 3  # surfaces
 ENOUGH = 15  # trials for a contour
@@ -20,7 +20,7 @@ WIDTH = 0.15  # of the smoothing kernel, in units of an axis
 FAR = 0.32  # from the nearest trial, in the same units: nothing is drawn there
 
 
-def parallel(facts: Facts, scale: Scale) -> Chart:
+def parallel(facts: SweepFacts, scale: MetricScale) -> Chart:
     """One line per trial through all its values, the result last; the best on top and thick."""
     rows = [
         r for r in facts.ranked() if all(a.unit(r.trial.params) is not None for a in facts.axes)
@@ -58,7 +58,7 @@ def parallel(facts: Facts, scale: Scale) -> Chart:
 
 
 def _bundle(
-    rows: Sequence[Row], facts: Facts, low: float, high: float, color: str, shade: int
+    rows: Sequence[TrialResult], facts: SweepFacts, low: float, high: float, color: str, shade: int
 ) -> Figure:
     xs: list[Any] = []
     ys: list[Any] = []
@@ -78,7 +78,7 @@ def _bundle(
     }  # fmt: skip
 
 
-def _height(axis: Axis, row: Row) -> float:
+def _height(axis: SpaceAxis, row: TrialResult) -> float:
     """Where a line crosses an axis; a little beside its level, which keeps bundles apart."""
     place = axis.unit(row.trial.params) or 0.0
     if len(axis.levels) < 2:
@@ -87,7 +87,7 @@ def _height(axis: Axis, row: Row) -> float:
     return place + number * min(0.05, 0.5 / (len(axis.levels) - 1))
 
 
-def _marks(axis: Axis) -> list[tuple[float, str]]:
+def _marks(axis: SpaceAxis) -> list[tuple[float, str]]:
     """Labels along an axis, by their height."""
     if axis.levels:
         last = max(1, len(axis.levels) - 1)
@@ -108,7 +108,7 @@ def _tick(x: float, y: float, text: str) -> Figure:
     }  # fmt: skip
 
 
-def _between(rows: Sequence[Row]) -> tuple[float, float]:
+def _between(rows: Sequence[TrialResult]) -> tuple[float, float]:
     """The results at the ends of the last axis: nine in ten of them; worse ones lie at the end."""
     values = [row.value or 0.0 for row in rows]
     if not values:
@@ -117,7 +117,7 @@ def _between(rows: Sequence[Row]) -> tuple[float, float]:
     return min(values[0], edge), max(values[0], edge)
 
 
-def pairs(facts: Facts, found: Importance | None) -> list[tuple[Axis, Axis]]:
+def pairs(facts: SweepFacts, found: ParamImportance | None) -> list[tuple[SpaceAxis, SpaceAxis]]:
     """Which surfaces to draw: rank x lr and lr x lr_ratio where they are searched, then the pairs
     of the most important (else the first) parameters."""
     by_label = {axis.label: axis for axis in facts.axes}
@@ -134,7 +134,7 @@ def pairs(facts: Facts, found: Importance | None) -> list[tuple[Axis, Axis]]:
     return chosen[:MOST]
 
 
-def surface(facts: Facts, scale: Scale, x: Axis, y: Axis, index: int) -> Chart:
+def surface(facts: SweepFacts, scale: MetricScale, x: SpaceAxis, y: SpaceAxis, index: int) -> Chart:
     """Trials over two parameters, shaded by result; a smoothed surface where enough lie."""
     rows = [
         row for row in facts.ranked()
@@ -180,7 +180,7 @@ def surface(facts: Facts, scale: Scale, x: Axis, y: Axis, index: int) -> Chart:
     return Chart(f"surface-{index}", {"data": data, "layout": made}, told, 320, title)
 
 
-def _contour(rows: Sequence[Row], x: Axis, y: Axis, scale: Scale) -> Figure:
+def _contour(rows: Sequence[TrialResult], x: SpaceAxis, y: SpaceAxis, scale: MetricScale) -> Figure:
     """The mean of the results weighted by a Gaussian kernel on the unit square; None far away."""
     known = [
         (x.unit(row.trial.params) or 0.0, y.unit(row.trial.params) or 0.0, row.value or 0.0)
@@ -211,13 +211,13 @@ def _contour(rows: Sequence[Row], x: Axis, y: Axis, scale: Scale) -> Figure:
     }  # fmt: skip
 
 
-def _from_unit(axis: Axis, share: float) -> float:
+def _from_unit(axis: SpaceAxis, share: float) -> float:
     if axis.log:
         return math.exp(math.log(axis.low) * (1 - share) + math.log(axis.high) * share)
     return axis.low + share * (axis.high - axis.low)
 
 
-def _beside(axis: Axis, row: Row, salt: int) -> float | None:
+def _beside(axis: SpaceAxis, row: TrialResult, salt: int) -> float | None:
     """A place a little beside a level, so that trials with the same values are all seen."""
     place = axis.at(row.trial.params)
     if place is None or not axis.levels:

@@ -10,20 +10,20 @@ MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
-class Scale:
+class MetricScale:
     """How many decimals a sweep's metric is worth: three digits of what lies between trials."""
 
     decimals: int
 
     @staticmethod
-    def of(values: Iterable[float | None]) -> Scale:
+    def of(values: Iterable[float | None]) -> MetricScale:
         """The scale of these results."""
         known = sorted(v for v in values if v is not None and math.isfinite(v))
         half = known[: max(2, (len(known) + 1) // 2)]
         reach = half[-1] - half[0] if len(half) > 1 else abs(half[0]) if half else 1.0
         if reach <= 0:
-            return Scale(4)
-        return Scale(min(6, max(0, 2 - math.floor(math.log10(reach)))))
+            return MetricScale(4)
+        return MetricScale(min(6, max(0, 2 - math.floor(math.log10(reach)))))
 
     def text(self, value: float | None) -> str:
         """A result, or a dash."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from rayft.report.facts import Facts
+from rayft.report.facts import SweepFacts
 from rayft.report.numbers import MINUS, many, seconds
-from rayft.report.savings import Savings
+from rayft.report.savings import EngineSavings
 
 FORMULA = (
     "Alone is, over all trials, start + planned steps × step alone. Steps not taken are those of "
@@ -18,9 +18,9 @@ FORMULA = (
 )
 
 
-def fullness(facts: Facts) -> str:
+def fullness(facts: SweepFacts) -> str:
     """A row per pack."""
-    packs = facts.book.packs
+    packs = facts.ledger.packs
     if not packs:
         return ""
     rows = "".join(_pack(name, numbers) for name, numbers in packs.items())
@@ -61,7 +61,7 @@ def _pack(name: str, numbers: dict[str, Any]) -> str:
     )
 
 
-def saved(facts: Facts) -> str:
+def saved(facts: SweepFacts) -> str:
     """The arithmetic of rayft.report.savings as a bill."""
     bill = facts.saved
     if bill is None or not bill.alone:
@@ -89,7 +89,7 @@ def saved(facts: Facts) -> str:
     )
 
 
-def _alone(bill: Savings) -> str:
+def _alone(bill: EngineSavings) -> str:
     if not bill.packed:
         return f"{bill.planned:,} planned steps at each trial's own seconds per step"
     return (
@@ -98,11 +98,11 @@ def _alone(bill: Savings) -> str:
     )
 
 
-def _stopping(bill: Savings) -> str:
+def _stopping(bill: EngineSavings) -> str:
     return f"{bill.cut:,} of {bill.planned:,} planned steps, {_share(bill.stopping, bill.alone)}"
 
 
-def _packing(bill: Savings) -> str:
+def _packing(bill: EngineSavings) -> str:
     if not bill.packed:
         return "no trial was packed"
     return f"{bill.taken:,} steps taken, {_share(bill.packing, bill.alone)}"

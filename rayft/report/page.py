@@ -16,13 +16,13 @@ import rayft
 from rayft.report.answer import answer, commands, standing, winner
 from rayft.report.charts import costs, important, slices, strip
 from rayft.report.curves import curves
-from rayft.report.facts import Facts
+from rayft.report.facts import SweepFacts
 from rayft.report.figure import Chart, hover
 from rayft.report.listing import every_trial, failures, inheritance
 from rayft.report.maps import pairs, parallel, surface
-from rayft.report.numbers import Scale
+from rayft.report.numbers import MetricScale
 from rayft.report.packs import fullness, saved
-from rayft.report.study import LEAST, Importance, importance
+from rayft.report.study import LEAST, ParamImportance, importance
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 """The browser itself refuses every load from elsewhere."""
@@ -59,13 +59,13 @@ class Page:
         )
 
 
-def page(facts: Facts, place: str) -> str:
+def page(facts: SweepFacts, place: str) -> str:
     """The whole report.
 
     Args:
         place: the address of the sweep's folder, for the commands.
     """
-    scale = Scale.of([*(row.value for row in facts.rows if row.fair), facts.base])
+    scale = MetricScale.of([*(row.value for row in facts.rows if row.fair), facts.base])
     made = Page()
     made.add(standing(facts), answer(facts, scale))
     ranked = facts.ranked()
@@ -82,7 +82,7 @@ def page(facts: Facts, place: str) -> str:
     return _whole(made, facts, hovers)
 
 
-def _parameters(made: Page, facts: Facts, scale: Scale) -> None:
+def _parameters(made: Page, facts: SweepFacts, scale: MetricScale) -> None:
     found = importance(facts)
     made.add("<h2>What mattered</h2>")
     if found is None:
@@ -114,7 +114,7 @@ def _parameters(made: Page, facts: Facts, scale: Scale) -> None:
         made.several([surface(facts, scale, x, y, i) for i, (x, y) in enumerate(chosen)], True)
 
 
-def _marks_said(facts: Facts) -> str:
+def _marks_said(facts: SweepFacts) -> str:
     """What the marks of trials mean, in all charts."""
     runs = ", ○ still running" if facts.count("running") else ""
     return (
@@ -123,7 +123,7 @@ def _marks_said(facts: Facts) -> str:
     )
 
 
-def _importance_said(found: Importance) -> str:
+def _importance_said(found: ParamImportance) -> str:
     return (
         f"PED-ANOVA over {found.trials} trials: how far the best quarter's values differ from all "
         "trials'. A bar that ends left of the dotted line is no longer than the longest bar "
@@ -132,7 +132,7 @@ def _importance_said(found: Importance) -> str:
     )
 
 
-def _course(made: Page, facts: Facts, scale: Scale) -> None:
+def _course(made: Page, facts: SweepFacts, scale: MetricScale) -> None:
     made.add("<h2>Learning curves</h2>")
     made.chart(
         curves(facts, scale),
@@ -149,7 +149,7 @@ def _course(made: Page, facts: Facts, scale: Scale) -> None:
         made.several(found)
 
 
-def _whole(made: Page, facts: Facts, hovers: dict[str, str]) -> str:
+def _whole(made: Page, facts: SweepFacts, hovers: dict[str, str]) -> str:
     drawn = [{"id": c.id, "height": c.height, "figure": c.figure} for c in made.charts]
     data = json.dumps(
         {"figures": drawn, "hovers": hovers}, separators=(",", ":"), allow_nan=False
@@ -182,7 +182,7 @@ def _whole(made: Page, facts: Facts, hovers: dict[str, str]) -> str:
 """
 
 
-def _foot(facts: Facts) -> str:
+def _foot(facts: SweepFacts) -> str:
     record = facts.record
     versions = ", ".join(f"{name} {value}" for name, value in sorted(record.versions.items()))
     parts = [

@@ -25,14 +25,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rayft.core.ledger import Book, Trial
+from rayft.records.ledger import LedgerContents, LedgerTrial
 
 CUT = ("stopped", "diverged")
 """Ends of trials that would have gone on by themselves."""
 
 
 @dataclass(frozen=True)
-class Savings:
+class EngineSavings:
     """Engine seconds, all of them; see the head of this file."""
 
     alone: float
@@ -49,19 +49,19 @@ class Savings:
 
 
 def savings(
-    book: Book, planned: Callable[[Trial], int | None], every: int | None = None
-) -> Savings | None:
+    ledger: LedgerContents, planned: Callable[[LedgerTrial], int | None], every: int | None = None
+) -> EngineSavings | None:
     """The arithmetic above; None before any trial has told its engine seconds.
 
     Args:
         planned: T_i; None where nobody knows, then n_i.
         every: steps between evaluations; None: there are none on the way.
     """
-    told = [trial for trial in book.trials.values() if charged(trial) is not None]
+    told = [trial for trial in ledger.trials.values() if charged(trial) is not None]
     if not told:
         return None
-    starts = [s for pack in book.packs.values() if (s := _number(pack, "start_seconds"))]
-    steps = [a for pack in book.packs.values() if (a := _step(pack, every))]
+    starts = [s for pack in ledger.packs.values() if (s := _number(pack, "start_seconds"))]
+    steps = [a for pack in ledger.packs.values() if (a := _step(pack, every))]
     start = statistics.fmean(starts) if starts else 0.0
     step = statistics.median(steps) if steps else 0.0
     inside = _packed(told, step)
@@ -71,7 +71,7 @@ def savings(
         goal = max(planned(trial) or 0, trial.step) if trial.status in (*CUT, "done") else None
         goal = trial.step if goal is None else goal
         left = goal - trial.step if trial.status in CUT else 0
-        pack = book.packs.get(trial.pack, {})
+        pack = ledger.packs.get(trial.pack, {})
         s = (_number(pack, "start_seconds") or start) if trial.id in inside else 0.0
         a = _step(pack, every) or step
         if trial.id not in inside:
@@ -81,19 +81,19 @@ def savings(
         meant, cut = meant + trial.step + left, cut + left
     spent = sum(charged(trial) or 0.0 for trial in told) + sum(starts)
     taken = sum(trial.step for trial in told)
-    return Savings(
+    return EngineSavings(
         alone, spent, stopping, alone - stopping - spent,
         start, step, meant, taken, cut, len(told), len(inside),
     )  # fmt: skip
 
 
-def charged(trial: Trial) -> float | None:
+def charged(trial: LedgerTrial) -> float | None:
     """Engine seconds charged to a trial so far; None before its first report."""
     told = [r.metrics["seconds"] for r in trial.reports if "seconds" in r.metrics]
     return told[-1] if told else None
 
 
-def _packed(trials: Iterable[Trial], step: float) -> set[str]:
+def _packed(trials: Iterable[LedgerTrial], step: float) -> set[str]:
     """Who ran in a pack. Where the ledger names no trial's pack, all did if packs were there."""
     listed = list(trials)
     if not step:

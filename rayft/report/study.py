@@ -23,8 +23,8 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.storages.journal import BaseJournalBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from rayft.report.axes import Axis, level
-from rayft.report.facts import Facts, Row
+from rayft.report.axes import SpaceAxis, level
+from rayft.report.facts import SweepFacts, TrialResult
 
 LEAST = 12
 """Trials with a result below which importance is not computed."""
@@ -40,7 +40,7 @@ _STATES = {
 
 
 @dataclass(frozen=True)
-class Importance:
+class ParamImportance:
     """PED-ANOVA (Watanabe, Bansal & Hutter 2023, arXiv 2304.10255): how far the values of the best
     quarter of all trials differ from those of all trials, as shares of 1."""
 
@@ -49,18 +49,16 @@ class Importance:
     trials: int
 
 
-class _Memory(BaseJournalBackend):
+class _MemoryJournal(BaseJournalBackend):
     """A journal in memory: Optuna's file is its lines, one JSON object each."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
-        """See BaseJournalBackend."""
         return self.lines[log_number_from:]
 
     def append_logs(self, logs: Sequence[Mapping[str, Any]]) -> None:
-        """See BaseJournalBackend."""
         self.lines += [dict(line) for line in logs]
 
 
@@ -77,10 +75,10 @@ def _quiet() -> Iterator[None]:
         optuna.logging.set_verbosity(level)
 
 
-def journal(facts: Facts) -> str:
+def journal(facts: SweepFacts) -> str:
     """The text of the journal: one study named as the sweep, every trial with its intermediate
     values, distributions, times and user attributes."""
-    memory = _Memory()
+    memory = _MemoryJournal()
     with _quiet():
         storage = optuna.storages.JournalStorage(memory)
         way = "minimize" if facts.sign > 0 else "maximize"
@@ -92,7 +90,7 @@ def journal(facts: Facts) -> str:
     return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in memory.lines)
 
 
-def importance(facts: Facts) -> Importance | None:
+def importance(facts: SweepFacts) -> ParamImportance | None:
     """Of each parameter that took more than one value; None with too few trials."""
     rows = facts.ranked()
     varied = [a for a in facts.axes if len({a.at(row.trial.params) for row in rows} - {None}) > 1]
@@ -112,7 +110,7 @@ def importance(facts: Facts) -> Importance | None:
             mixed = draw.sample(values, len(values))
             strongest.append(max(_shares(study, mixed).values(), default=0.0))
     chance = sorted(strongest)[SHUFFLES // 2]
-    return Importance(dict(sorted(found.items(), key=lambda p: -p[1])), chance, len(rows))
+    return ParamImportance(dict(sorted(found.items(), key=lambda p: -p[1])), chance, len(rows))
 
 
 def _shares(study: optuna.Study, values: Sequence[float]) -> dict[str, float]:
@@ -123,7 +121,7 @@ def _shares(study: optuna.Study, values: Sequence[float]) -> dict[str, float]:
     )
 
 
-def distribution(axis: Axis) -> BaseDistribution:
+def distribution(axis: SpaceAxis) -> BaseDistribution:
     """Optuna's word for a domain; the levels of a list are what Optuna takes as choices."""
     if axis.levels:
         return CategoricalDistribution(_choices(axis))
@@ -132,7 +130,7 @@ def distribution(axis: Axis) -> BaseDistribution:
     return FloatDistribution(axis.low, axis.high, log=axis.log)
 
 
-def _choices(axis: Axis) -> list[Any]:
+def _choices(axis: SpaceAxis) -> list[Any]:
     """Numbers, flags and texts as they are, anything else as its text."""
     values = {level(value): value for value in axis.domain.values or ()}
     plain = [values.get(text, text) for text in axis.levels]
@@ -140,7 +138,7 @@ def _choices(axis: Axis) -> list[Any]:
             for v, t in zip(plain, axis.levels, strict=True)]  # fmt: skip
 
 
-def _params(axes: Sequence[Axis], row: Row) -> dict[str, Any]:
+def _params(axes: Sequence[SpaceAxis], row: TrialResult) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for axis in axes:
         place = axis.at(row.trial.params)
@@ -154,13 +152,16 @@ def _params(axes: Sequence[Axis], row: Row) -> dict[str, Any]:
 
 
 def _complete(
-    row: Row, axes: Sequence[Axis], spaces: Mapping[str, BaseDistribution], value: float
+    row: TrialResult,
+    axes: Sequence[SpaceAxis],
+    spaces: Mapping[str, BaseDistribution],
+    value: float,
 ) -> FrozenTrial:
     return optuna.trial.create_trial(params=_params(axes, row), distributions=spaces, value=value)
 
 
 def _frozen(
-    facts: Facts, row: Row, spaces: Mapping[str, BaseDistribution], number: int
+    facts: SweepFacts, row: TrialResult, spaces: Mapping[str, BaseDistribution], number: int
 ) -> FrozenTrial:
     trial, params = row.trial, _params(facts.axes, row)
     state = _STATES[trial.status]

@@ -8,7 +8,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from rayft.report.facts import Facts, Row
+from rayft.report.facts import SweepFacts, TrialResult
 
 NUMBERS = ("seconds", "memory", "params_trainable", "tokens", "loss")
 """Metrics that get a column of their own, as the trial told them last: engine seconds, bytes,
@@ -16,7 +16,7 @@ parameters, trained targets, training loss."""
 _RISKY = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
-def trials_csv(facts: Facts) -> str:
+def trials_csv(facts: SweepFacts) -> str:
     """The table: trials in the order of the ledger, repetitions with other seeds after them."""
     paths = sorted({p for row in (*facts.rows, *facts.repeats) for p in row.trial.params})
     searched = [*facts.spec.paths(), *(p for p in paths if p not in facts.spec.paths())]
@@ -47,7 +47,7 @@ def safe(text: str) -> str:
     return f"'{text}" if text.startswith(_RISKY) else text
 
 
-def _values(row: Row, paths: list[str]) -> list[Any]:
+def _values(row: TrialResult, paths: list[str]) -> list[Any]:
     trial = row.trial
     donors = " ".join(f"{step}:{donor}" for step, donor in trial.donors)
     return [

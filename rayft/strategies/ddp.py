@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rayft.config.run import OptimSpec
 from rayft.core.batch import Batch
-from rayft.core.protocols import Group
-from rayft.core.shards import Shard, ShardReader
+from rayft.core.protocols import ParamGroup
+from rayft.core.shards import ShardReader, StateShard
 from rayft.strategies import slices
 from rayft.strategies.optim import (
     assert_groups,
@@ -48,7 +48,7 @@ class DdpStrategy:
         """Nothing special: every rank loads the model."""
         return nullcontext()
 
-    def prepare(self, step: nn.Module, groups: list[Group]) -> DdpEngine:
+    def prepare(self, step: nn.Module, groups: list[ParamGroup]) -> DdpEngine:
         """Move `step` to the device, trained parameters to fp32 (fp64 stays), and wrap it where
         there are several ranks."""
         return DdpEngine(step, groups, self.optim, self.precision, self.device)
@@ -60,7 +60,7 @@ class DdpEngine:
     def __init__(
         self,
         step: nn.Module,
-        groups: list[Group],
+        groups: list[ParamGroup],
         optim: OptimSpec,
         precision: str,
         device: torch.device,
@@ -117,7 +117,7 @@ class DdpEngine:
         """Learning rates by group name."""
         return read_lrs(self._optimizer)
 
-    def shard(self) -> Shard:
+    def shard(self) -> StateShard:
         """Even flat slices; 8-bit states whole, on rank 0."""
         make = slices.adam_shard if self._optim.kind == "adamw" else slices.bit8_shard
         return make(self._named, self._optimizer, self.rank, self.world)

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from rayft.config.run import OptimSpec
-from rayft.core.protocols import Group
+from rayft.core.protocols import ParamGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of m and v, and the kinds of a checkpoint
 
 
-def param_groups(groups: list[Group], optim: OptimSpec) -> list[dict[str, Any]]:
+def param_groups(groups: list[ParamGroup], optim: OptimSpec) -> list[dict[str, Any]]:
     """Torch param groups in the order of `groups`, each with its "name".
 
     Raises RuntimeError where a method broke its contract: an empty group (DeepSpeed drops it and
@@ -57,7 +57,7 @@ def param_groups(groups: list[Group], optim: OptimSpec) -> list[dict[str, Any]]:
     ]
 
 
-def build_optimizer(groups: list[Group], optim: OptimSpec) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[ParamGroup], optim: OptimSpec) -> torch.optim.Optimizer:
     """The optimizer of `optim.kind` over `groups`; AdamW is torch's fused one, on CPU too (3 to 4
     times as fast there: `experiments/bench/train.py trl` shows it in whole steps)."""
     params = param_groups(groups, optim)
@@ -80,7 +80,7 @@ def adam_state(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Ten
     return state
 
 
-def group_lrs(groups: Iterable[Group], lr: float) -> dict[str, float]:
+def group_lrs(groups: Iterable[ParamGroup], lr: float) -> dict[str, float]:
     """{group name: lr * lr_ratio}."""
     return {group.name: lr * group.lr_ratio for group in groups}
 
@@ -99,7 +99,7 @@ def read_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
 
 
-def assert_groups(optimizer: torch.optim.Optimizer, groups: list[Group], lr: float) -> None:
+def assert_groups(optimizer: torch.optim.Optimizer, groups: list[ParamGroup], lr: float) -> None:
     """Raise RuntimeError unless `optimizer` holds exactly `groups`, in order, with their rates.
 
     DeepSpeed rebuilds param groups; before torch 2.10 a dropped one silently moved learning rates

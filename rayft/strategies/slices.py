@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from rayft.core.errors import StorageError
-from rayft.core.protocols import Group
-from rayft.core.shards import PARAM, Shard, ShardReader, Slice
+from rayft.core.protocols import ParamGroup
+from rayft.core.shards import PARAM, ParamSlice, ShardReader, StateShard
 from rayft.strategies.optim import MOMENTS, adam_state
 
 STEP = "optimizer_step"  # scalar: updates applied so far, AdamW's t
 PREFIX = "optim/"  # of 8-bit optimizer tensors among the whole ones
 
 
-def trained(step: nn.Module, groups: list[Group]) -> dict[str, nn.Parameter]:
+def trained(step: nn.Module, groups: list[ParamGroup]) -> dict[str, nn.Parameter]:
     """{name in `step`: parameter} of everything in `groups`, in the order of the module."""
     wanted = {id(param) for group in groups for param in group.params}
     named = {name: param for name, param in step.named_parameters() if id(param) in wanted}
@@ -51,7 +51,7 @@ def even(numel: int, rank: int, world: int) -> tuple[int, int]:
 
 def adam_shard(
     named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int, world: int
-) -> Shard:
+) -> StateShard:
     """This rank's even slices of replicated parameters and AdamW moments (live views)."""
     slices = {}
     for name, param in named.items():
@@ -60,13 +60,13 @@ def adam_shard(
             continue
         state = adam_state(optimizer, param)
         tensors = {PARAM: param, **{kind: state[kind] for kind in MOMENTS}}
-        slices[name] = Slice(
+        slices[name] = ParamSlice(
             tuple(param.shape),
             start,
             {kind: t.detach().reshape(-1)[start:stop] for kind, t in tensors.items()},
         )
     first = next(iter(named.values()))
-    return Shard(slices, scalars={STEP: float(adam_state(optimizer, first)["step"])})
+    return StateShard(slices, scalars={STEP: float(adam_state(optimizer, first)["step"])})
 
 
 @torch.no_grad()
@@ -84,21 +84,21 @@ def load_adam(
 
 def bit8_shard(
     named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, rank: int, world: int
-) -> Shard:
+) -> StateShard:
     """Even slices of the parameters; rank 0 adds the 8-bit states, whole (blocks are not cut)."""
-    slices: dict[str, Slice] = {}
+    slices: dict[str, ParamSlice] = {}
     whole: dict[str, Tensor] = {}
     step = 0
     for name, param in named.items():
         start, stop = even(param.numel(), rank, world)
         if start < stop:
             flat = param.detach().reshape(-1)[start:stop]
-            slices[name] = Slice(tuple(param.shape), start, {PARAM: flat})
+            slices[name] = ParamSlice(tuple(param.shape), start, {PARAM: flat})
         state = optimizer.state[param]
         step = state["step"] if state else step
         if rank == 0:
             whole |= {f"{PREFIX}{name}/{k}": t for k, t in state.items() if torch.is_tensor(t)}
-    return Shard(slices, whole, {STEP: float(step)})
+    return StateShard(slices, whole, {STEP: float(step)})
 
 
 @torch.no_grad()

@@ -42,12 +42,12 @@ from rayft.config.run import ModelSpec, OptimSpec, TrainSpec
 from rayft.config.strategies import ZeroSpec
 from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError, InfeasibleError
-from rayft.core.protocols import Group
-from rayft.core.shards import Shard, ShardReader
+from rayft.core.protocols import ParamGroup
+from rayft.core.shards import ShardReader, StateShard
 from rayft.strategies.optim import assert_groups, build_optimizer, grad_norm, read_lrs, set_lrs
 from rayft.strategies.slices import trained
 from rayft.strategies.zero_config import deepspeed_config
-from rayft.strategies.zero_state import Fragments, Partitions, Replicas
+from rayft.strategies.zero_state import FragmentedState, PartitionedState, ReplicatedState
 
 BUCKET = 500_000_000  # elements: DeepSpeed's own default, far too much memory for a small model
 
@@ -173,7 +173,7 @@ class ZeroStrategy:
         finally:
             del alive
 
-    def prepare(self, step: nn.Module, groups: list[Group]) -> ZeroEngine:
+    def prepare(self, step: nn.Module, groups: list[ParamGroup]) -> ZeroEngine:
         """Hand `step` and an AdamW in `groups` to deepspeed.initialize."""
         return ZeroEngine(step, groups, self._spec, self._optim, self._device, self.config)
 
@@ -208,7 +208,7 @@ class ZeroEngine:
     def __init__(
         self,
         step: nn.Module,
-        groups: list[Group],
+        groups: list[ParamGroup],
         spec: ZeroSpec,
         optim: OptimSpec,
         device: torch.device,
@@ -235,12 +235,12 @@ class ZeroEngine:
         assert_groups(self._optimizer, groups, optim.lr)
         self._state = self._held(spec)
 
-    def _held(self, spec: ZeroSpec) -> Replicas | Fragments | Partitions:
+    def _held(self, spec: ZeroSpec) -> ReplicatedState | FragmentedState | PartitionedState:
         if spec.stage == 0:
-            return Replicas(self._engine, self._named, self.rank, self.world)
+            return ReplicatedState(self._engine, self._named, self.rank, self.world)
         if spec.stage == 3:
-            return Partitions(self._engine, self._named, self.rank, spec.offload == "nvme")
-        return Fragments(self._engine, self._named)
+            return PartitionedState(self._engine, self._named, self.rank, spec.offload == "nvme")
+        return FragmentedState(self._engine, self._named)
 
     def forward(self, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows of the step module: {term: (B,)}."""
@@ -275,7 +275,7 @@ class ZeroEngine:
         """Learning rates by group name."""
         return read_lrs(self._optimizer)
 
-    def shard(self) -> Shard:
+    def shard(self) -> StateShard:
         """This rank's slices of the fp32 master and the moments."""
         return self._state.shard()
 

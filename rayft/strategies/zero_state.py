@@ -17,19 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from rayft.core.errors import InfeasibleError
-from rayft.core.shards import PARAM, Shard, ShardReader, Slice
+from rayft.core.shards import PARAM, ParamSlice, ShardReader, StateShard
 from rayft.strategies import slices
 from rayft.strategies.optim import MOMENTS, adam_state
 
 
-class Replicas:
+class ReplicatedState:
     """Stage 0: every rank holds everything."""
 
     def __init__(self, engine: Any, named: Mapping[str, nn.Parameter], rank: int, world: int):
         self._named, self._optimizer = named, engine.basic_optimizer
         self._rank, self._world = rank, world
 
-    def shard(self) -> Shard:
+    def shard(self) -> StateShard:
         return slices.adam_shard(self._named, self._optimizer, self._rank, self._world)
 
     def load(self, reader: ShardReader) -> None:
@@ -39,7 +39,7 @@ class Replicas:
         return slices.full_replicas(self._named)
 
 
-class Fragments:
+class FragmentedState:
     """Stages 1 and 2: fragments of flat float32 groups."""
 
     def __init__(self, engine: Any, named: Mapping[str, nn.Parameter]) -> None:
@@ -48,7 +48,7 @@ class Fragments:
         for flat in self._flats:
             adam_state(self._optimizer, flat)
 
-    def _pieces(self) -> Iterator[tuple[str, Slice]]:
+    def _pieces(self) -> Iterator[tuple[str, ParamSlice]]:
         """This rank's live slices, by name."""
         for name, param in self._named.items():
             piece = param._hp_mapping
@@ -60,16 +60,16 @@ class Fragments:
             tensors = {PARAM: flat, **{kind: state[kind] for kind in MOMENTS}}
             yield (
                 name,
-                Slice(
+                ParamSlice(
                     tuple(param.shape),
                     piece.lp_fragment_address.start,
                     {k: t.detach().narrow(0, here.start, here.numel) for k, t in tensors.items()},
                 ),
             )
 
-    def shard(self) -> Shard:
+    def shard(self) -> StateShard:
         step = self._optimizer.state[self._flats[0]]["step"]
-        return Shard(dict(self._pieces()), scalars={slices.STEP: float(step)})
+        return StateShard(dict(self._pieces()), scalars={slices.STEP: float(step)})
 
     @torch.no_grad()
     def load(self, reader: ShardReader) -> None:
@@ -89,7 +89,7 @@ class Fragments:
             yield name, safe_get_full_fp32_param(param).to(device="cpu", copy=True)
 
 
-class Partitions:
+class PartitionedState:
     """Stage 3: a piece of every parameter.
 
     Where states are swapped to NVMe, the tensors are copies, exist after the first step only, and
@@ -112,7 +112,7 @@ class Partitions:
         start = min(self._rank * size, param.ds_numel)
         return start, min(start + size, param.ds_numel)
 
-    def shard(self) -> Shard:
+    def shard(self) -> StateShard:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         pieces = {}
@@ -122,12 +122,12 @@ class Partitions:
                 continue
             tensors = {PARAM: safe_get_local_fp32_param(param)}
             tensors |= {kind: safe_get_local_optimizer_state(param, kind) for kind in MOMENTS}
-            pieces[name] = Slice(
+            pieces[name] = ParamSlice(
                 tuple(param.ds_shape),
                 start,
                 {kind: t.detach()[: stop - start] for kind, t in tensors.items()},
             )
-        return Shard(pieces, scalars={slices.STEP: self._step()})
+        return StateShard(pieces, scalars={slices.STEP: self._step()})
 
     def _step(self) -> float:
         steps = {float(state["step"]) for state in self._optimizer.state.values()} or {0.0}

@@ -21,17 +21,17 @@ from rayft.core.batch import IGNORE, Batch
 from rayft.core.protocols import Objective
 from rayft.core.reduce import scales, trial_losses
 from rayft.models.policy import CausalPolicy
+from rayft.trials.batch_layout import BatchLayout, LayoutHolder, TrialDropout, TrialSegment
 from rayft.trials.packed_lora import PackedLinear
-from rayft.trials.seating import Bunch, Desk, Drop, Seating
-from rayft.trials.shelf import LayerSize, Row, Shelves
-from rayft.trials.types import Unshared
+from rayft.trials.rank_bucket import BucketSet, LayerSize, TrialAdapter
+from rayft.trials.types import UnsharedBase
 
 
 @dataclass(frozen=True, eq=False)
-class Guest:
+class TrialBatch:
     """One trial's part of a batch."""
 
-    row: Row
+    adapter: TrialAdapter
     batch: Batch
     generator: torch.Generator
 
@@ -47,7 +47,7 @@ class PackedModel:
         recomputes: activations are computed again in the backward pass.
 
     Raises:
-        Unshared: the model draws dropout of its own, or adapts its output head.
+        UnsharedBase: the model draws dropout of its own, or adapts its output head.
     """
 
     rank, world = 0, 1
@@ -66,17 +66,17 @@ class PackedModel:
         dtype = next(model.parameters()).dtype
         dtype = dtype if dtype == torch.float64 else torch.float32
         self.device, self.objective, self._autocast = device, objective, autocast
-        self.shelves = Shelves(layers, device, dtype)
-        self._desk = Desk(torch.zeros((), device=device, requires_grad=True))
+        self.buckets = BucketSet(layers, device, dtype)
+        self._current = LayoutHolder(torch.zeros((), device=device, requires_grad=True))
         head = model.get_output_embeddings()
         for index, layer in enumerate(layers):
             base = model.get_submodule(layer.name)
             if base is head:
-                raise Unshared(
+                raise UnsharedBase(
                     "an adapter on the output head cannot share a pack",
                     fix="leave the head out of targets, or set sweep.pack=off",
                 )
-            model.set_submodule(layer.name, PackedLinear(base, index, layer, self._desk))
+            model.set_submodule(layer.name, PackedLinear(base, index, layer, self._current))
         _refuse_dropout(model)
         self.step = TrainStep(CausalPolicy(model, packing=packing), objective)
         self.step.train()
@@ -102,76 +102,80 @@ class PackedModel:
 
     # ---- trials
 
-    def arranged(self, guests: Sequence[Guest]) -> tuple[Batch, Seating, list[Guest]]:
-        """Their rows as one batch (`trial`: the place in the list that comes back), and who sits
-        where; in the order of the shelves."""
-        places = self.shelves.places()
-        order = {row: number for number, row in enumerate(places)}
-        guests = sorted(guests, key=lambda guest: order[guest.row])
-        batch = together([guest.batch for guest in guests])
-        bunches: list[Bunch] = []
+    def arranged(self, parts: Sequence[TrialBatch]) -> tuple[Batch, BatchLayout, list[TrialBatch]]:
+        """Their rows as one batch (`trial`: the place in the list that comes back), and its
+        layout; in the order of the buckets."""
+        places = self.buckets.places()
+        order = {adapter: number for number, adapter in enumerate(places)}
+        parts = sorted(parts, key=lambda part: order[part.adapter])
+        batch = joined_batch([part.batch for part in parts])
+        segments: list[TrialSegment] = []
         first = 0
-        for guest in guests:
-            shelf, index = places[guest.row]
-            rows, drops = guest.batch.rows, ()
-            if guest.row.dropout > 0:
-                own = guest.batch.input_ids.shape[1]
-                drops = (Drop(guest.row.dropout, guest.generator, rows, own),)
-            one = Bunch(shelf, index, index + 1, first, first + rows, drops)
-            if bunches and bunches[-1].takes(one):
-                one = bunches.pop().joined(one)
-            bunches.append(one)
+        for part in parts:
+            bucket, index = places[part.adapter]
+            rows, drops = part.batch.rows, ()
+            if part.adapter.dropout > 0:
+                own = part.batch.input_ids.shape[1]
+                drops = (TrialDropout(part.adapter.dropout, part.generator, rows, own),)
+            one = TrialSegment(bucket, index, index + 1, first, first + rows, drops)
+            if segments and segments[-1].takes(one):
+                one = segments.pop().joined(one)
+            segments.append(one)
             first += rows
         masks = {} if self._recomputes else None
-        return batch, Seating(first, batch.input_ids.shape[1], tuple(bunches), masks), guests
+        return batch, BatchLayout(first, batch.input_ids.shape[1], tuple(segments), masks), parts
 
-    def run(self, batch: Batch, seating: Seating, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(
+        self, batch: Batch, layout: BatchLayout, scale: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Rows of a batch of trials: {term: (B,)}."""
-        self._desk.seating = seating
+        self._current.layout = layout
         try:
             return self.forward(batch, scale)
         finally:
-            self._desk.seating = None
+            self._current.layout = None
 
-    def train(self, guests: Sequence[Guest], totals: Mapping[Row, Tensor]) -> dict[Row, Tensor]:
-        """Forward and backward of one micro-batch of each guest: gradients go to the shelves, the
-        trials' parts of their losses (scalars on the device) come back.
+    def train(
+        self, parts: Sequence[TrialBatch], totals: Mapping[TrialAdapter, Tensor]
+    ) -> dict[TrialAdapter, Tensor]:
+        """Forward and backward of one micro-batch of each trial: gradients go to the buckets, the
+        trials' shares of their losses (scalars on the device) come back.
 
         Args:
             totals: (terms,) float64: what each trial counts in its whole step.
         """
-        batch, seating, guests = self.arranged(guests)
+        batch, layout, parts = self.arranged(parts)
         self.most_tokens = max(self.most_tokens, batch.input_ids.numel())
-        counted = torch.stack([totals[guest.row] for guest in guests], dim=1)
+        counted = torch.stack([totals[part.adapter] for part in parts], dim=1)
         batch = batch.to(self.device)
         scale = scales(self.objective, batch, counted)
-        self._desk.seating = seating
-        try:  # activations may be computed again in the backward pass: it needs the seating too
-            losses = trial_losses(self.forward(batch, scale), scale, batch.trial, len(guests))
+        self._current.layout = layout
+        try:  # activations may be computed again in the backward pass: it needs the layout too
+            losses = trial_losses(self.forward(batch, scale), scale, batch.trial, len(parts))
             losses.sum().backward()
         finally:
-            self._desk.seating = None
-        parts = losses.detach().double()
-        return {guest.row: parts[index] for index, guest in enumerate(guests)}
+            self._current.layout = None
+        shares = losses.detach().double()
+        return {part.adapter: shares[index] for index, part in enumerate(parts)}
 
-    def sums(self, rows: Sequence[Row], batch: Batch) -> Tensor:
+    def sums(self, adapters: Sequence[TrialAdapter], batch: Batch) -> Tensor:
         """(terms, trials, B) float64 on the CPU: sums of every row of `batch` under each trial's
         adapter. Call it inside `evaluating`."""
-        guests = [Guest(row, batch, _NOBODY) for row in rows]
-        joined, seating, guests = self.arranged(guests)
+        parts = [TrialBatch(adapter, batch, _NOBODY) for adapter in adapters]
+        joined, layout, parts = self.arranged(parts)
         joined = joined.to(self.device)
         ones = torch.ones(joined.rows, device=self.device)
-        found = self.run(joined, seating, dict.fromkeys(self.objective.terms, ones))
-        place = {guest.row: index for index, guest in enumerate(guests)}
-        order = [place[row] for row in rows]
+        found = self.run(joined, layout, dict.fromkeys(self.objective.terms, ones))
+        place = {part.adapter: index for index, part in enumerate(parts)}
+        order = [place[adapter] for adapter in adapters]
         stacked = torch.stack([found[term] for term in self.objective.terms])
-        return stacked.view(len(found), len(rows), -1).to("cpu", torch.float64)[:, order]
+        return stacked.view(len(found), len(adapters), -1).to("cpu", torch.float64)[:, order]
 
 
 _NOBODY = torch.Generator()  # nothing is drawn in evaluations
 
 
-def together(batches: Sequence[Batch]) -> Batch:
+def joined_batch(batches: Sequence[Batch]) -> Batch:
     """One batch; `trial` is the number of the batch a row comes from."""
     length = max(batch.input_ids.shape[1] for batch in batches)
     wide = [_widened(batch, length) for batch in batches]
@@ -209,7 +213,7 @@ def _refuse_dropout(model: PreTrainedModel) -> None:
         if isinstance(value, float) and value > 0 and ("dropout" in key or key.endswith("pdrop"))
     ]
     if drawn:
-        raise Unshared(
+        raise UnsharedBase(
             f"the base model has dropout of its own ({drawn[0]}), so its trials cannot share it",
             fix="set sweep.pack=off",
         )

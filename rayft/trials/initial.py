@@ -17,20 +17,20 @@ from rayft import methods
 from rayft.config.methods import LoraSpec
 from rayft.config.run import Run
 from rayft.core.errors import ConfigError
-from rayft.core.protocols import Group, Method
+from rayft.core.protocols import Method, ParamGroup
 from rayft.models.load import model_facts
-from rayft.trials.shelf import GROUPS, LayerSize, Layout, Row, padded
+from rayft.trials.rank_bucket import GROUPS, AdapterLayout, LayerSize, TrialAdapter, padded
 
 _MARKS = {"lora_A": ".lora_A.", "lora_B": ".lora_B.", "lora_magnitude": ".lora_magnitude_vector."}
 
 
 @dataclass(frozen=True)
-class Start:
+class FreshAdapter:
     """A fresh adapter."""
 
     spec: LoraSpec
     methods: tuple[Method, ...]
-    groups: tuple[Group, ...]  # of the copy: names, rates, decay
+    groups: tuple[ParamGroup, ...]  # of the copy: names, rates, decay
     names: tuple[dict[str, str], ...]  # by layer: {group: name of the parameter in the model}
     tensors: tuple[dict[str, Tensor], ...]  # by layer, not padded
     layers: tuple[LayerSize, ...]
@@ -38,16 +38,18 @@ class Start:
     params_total: int
     params_trainable: int
 
-    def row(self, rows: int) -> Row:
+    def adapter(self, rows: int) -> TrialAdapter:
         """Its place holder; `rows` of a micro-batch."""
-        layout = Layout(self.layers, padded(self.spec.rank), self.spec.dora)
+        layout = AdapterLayout(self.layers, padded(self.spec.rank), self.spec.dora)
         dtype = self.tensors[0]["lora_A"].dtype
         norms = ()
         if self.spec.dora:  # m starts as the row norms of W, because B A is zero
             norms = tuple(one["lora_magnitude"].to(dtype).square() for one in self.tensors)
-        return Row(self.spec.rank, self.scaling, self.spec.dropout, layout, rows, norms=norms)
+        return TrialAdapter(
+            self.spec.rank, self.scaling, self.spec.dropout, layout, rows, norms=norms
+        )
 
-    def flat(self, layout: Layout) -> Tensor:
+    def flat(self, layout: AdapterLayout) -> Tensor:
         """(size,): the tensors in a row's layout."""
         like = self.tensors[0]["lora_A"]
         flat = torch.zeros(1, layout.size, dtype=like.dtype, device=like.device)
@@ -59,7 +61,7 @@ class Start:
         return flat[0]
 
 
-def twin(model: nn.Module) -> nn.Module:
+def shared_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree around the same parameters, buffers and quantisation states."""
     shared: list[object] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
@@ -71,7 +73,7 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(one): one for one in shared})
 
 
-def fresh(template: PreTrainedModel, run: Run) -> Start:
+def fresh_adapter(template: PreTrainedModel, run: Run) -> FreshAdapter:
     """What `run` starts from on the base `template`, which stays as it is.
 
     Raises:
@@ -80,7 +82,7 @@ def fresh(template: PreTrainedModel, run: Run) -> Start:
     if len(run.methods) != 1 or not isinstance(run.methods[0], LoraSpec):
         raise ConfigError(f"{run.name} is no LoRA run, so it cannot join a pack")
     spec = run.methods[0]
-    model = twin(template)
+    model = shared_copy(template)
     chosen = tuple(methods.build(one) for one in run.methods)
     groups = tuple(methods.apply_all(model, chosen, seed=run.seed))
     facts = model_facts(model)
@@ -99,7 +101,7 @@ def fresh(template: PreTrainedModel, run: Run) -> Start:
         for layer, one in zip(names, tensors, strict=True)
     )
     root = spec.rank**0.5 if spec.rslora else spec.rank
-    return Start(
+    return FreshAdapter(
         spec,
         chosen,
         groups,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from rayft.trials.slots import Slot
-from rayft.trials.stepping import Stepped
+from rayft.trials.slot import TrialSlot
+from rayft.trials.step import TrialStep
 
 
 @dataclass
-class Meter:
+class PackMeter:
     """Sums since the pack was opened; seconds are wall clock."""
 
     start_seconds: float = 0.0  # opening: model, data, evaluation of the base
@@ -21,7 +21,7 @@ class Meter:
     busy: float = 0.0  # slot-seconds of these
     tokens: float = 0.0  # seen
 
-    def charge(self, stepped: Mapping[Slot, Stepped], seconds: float) -> None:
+    def charge(self, stepped: Mapping[TrialSlot, TrialStep], seconds: float) -> None:
         """Share the seconds of a packed step by tokens."""
         seen = sum(one.seen for one in stepped.values())
         for slot, one in stepped.items():

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from rayft import objectives
-from rayft.compose.assemble import Built, held_out
+from rayft.checkpoint.manifest import FOLDER, folder_name
+from rayft.compose.assemble import BuiltModel, held_out
 from rayft.compose.data import open_corpus
 from rayft.compose.gradient_check import refuse_missing_backward
-from rayft.compose.job import Job
-from rayft.compose.manifest import FOLDER, folder_name
+from rayft.compose.job import AttemptJob
 from rayft.compose.session import peak_memory
 from rayft.config.run import Run
 from rayft.core.errors import (
@@ -29,21 +29,21 @@ from rayft.core.errors import (
     RayftError,
     StorageError,
 )
-from rayft.core.record import Status
 from rayft.models.load import check_vocabulary, load_model
 from rayft.models.quiet import hush
 from rayft.models.tokenizer import load_tokenizer
+from rayft.records.run_record import Status
 from rayft.strategies.optim import build_optimizer
-from rayft.trials import joining
+from rayft.trials import admission
 from rayft.trials.forward import PackedModel
-from rayft.trials.initial import Start, fresh, twin
-from rayft.trials.meter import Meter
-from rayft.trials.room import Room, bytes_of, everything
+from rayft.trials.initial import FreshAdapter, fresh_adapter, shared_copy
+from rayft.trials.memory import MemoryBudget, memory_limit, model_bytes
+from rayft.trials.meter import PackMeter
+from rayft.trials.rank_bucket import TrialAdapter
 from rayft.trials.scoring import HeldOut
-from rayft.trials.shelf import Row
-from rayft.trials.slots import Optimizer, Slot
-from rayft.trials.stepping import alone, apart, optimize
-from rayft.trials.types import NoRoom, Standing, Told
+from rayft.trials.slot import Optimizer, TrialSlot
+from rayft.trials.step import isolated, solo_seconds, step_trials
+from rayft.trials.types import NoRoom, Standing, TrialReport
 
 
 class Pack:
@@ -51,7 +51,7 @@ class Pack:
 
     Args:
         run: of any trial: the base model, the targets, the objective and the data are read from it.
-        data_dir, data_hash: compose.job.Prepared.uri and .hash.
+        data_dir, data_hash: compose.job.PreparedData.uri and .hash.
         slots: trials at a time.
         memory: bytes the pack may use; default all of the device that nobody else holds.
         facts: "versions" and "hardware" for run.json.
@@ -78,7 +78,7 @@ class Pack:
         began = time.perf_counter()
         hush()
         refuse_missing_backward()
-        joining.refuse(run)
+        admission.refuse_unpackable(run)
         self.run, self.device, self.slots = run, device, slots
         self._data_hash, self._facts, self._divergence = data_hash, dict(facts or {}), divergence
         self._optimizer = optimizer
@@ -86,23 +86,26 @@ class Pack:
         self._load()
         batches = held_out(run, self._corpus, self._built, 0, 1)
         self._held_out = HeldOut(batches, self._corpus.tasks)
-        self._slots: dict[str, Slot] = {}
-        self._meter, evaluated = Meter(), time.perf_counter()
+        self._slots: dict[str, TrialSlot] = {}
+        self._meter, evaluated = PackMeter(), time.perf_counter()
         self.base = self._held_out.base(self._model)
         self._meter.alone_eval_seconds = time.perf_counter() - evaluated
-        self._room = Room(device, self._bytes, memory or everything(device))
+        self._budget = MemoryBudget(device, self._bytes, memory or memory_limit(device))
         self._meter.start_seconds = time.perf_counter() - began
 
     def _load(self) -> None:
-        run, tokenizer = joining.as_computed(self.run, self.device), load_tokenizer(self.run.model)
+        run, tokenizer = (
+            admission.with_precision(self.run, self.device),
+            load_tokenizer(self.run.model),
+        )
         recomputes = run.train.gradient_checkpointing
         model = load_model(
             run.model, device=self.device, seed=run.seed, gradient_checkpointing=recomputes
         )
         check_vocabulary(model, tokenizer)
-        self._bytes = bytes_of(model)
-        self._template = twin(model)
-        start = fresh(self._template, run)
+        self._bytes = model_bytes(model)
+        self._template = shared_copy(model)
+        start = fresh_adapter(self._template, run)
         objective = objectives.build(run.objective)
         self._model = PackedModel(
             model,
@@ -114,7 +117,7 @@ class Pack:
             recomputes=recomputes,
         )
         step = self._model.step
-        self._built = Built(self._template, tokenizer, (), (), objective, step.policy, step)
+        self._built = BuiltModel(self._template, tokenizer, (), (), objective, step.policy, step)
 
     # ---- who is in
 
@@ -128,7 +131,7 @@ class Pack:
         """Free slots."""
         return self.slots - len(self._slots)
 
-    def admit(self, job: Job, source: str | None = None) -> int:
+    def admit(self, job: AttemptJob, source: str | None = None) -> int:
         """Take a trial in; the step it continues from.
 
         It goes on from the newest commit of its own folder, else from `source` (the address of
@@ -141,38 +144,41 @@ class Pack:
             InfeasibleError: it would not fit even alone.
         """
         run = Run.model_validate(job.config)
-        joining.check(run, job, self.run, self._data_hash)
+        admission.check_same_pack(run, job, self.run, self._data_hash)
         if run.name in self._slots:
             raise ConfigError(f"{run.name} is in this pack already")
         if not self.free:
             raise NoRoom(f"all {self.slots} slots of the pack are taken")
-        start = fresh(self._template, run)
-        row = start.row(joining.rows_of(run))
+        start = fresh_adapter(self._template, run)
+        adapter = start.adapter(admission.micro_batch_rows(run))
         others = [
-            joining.claim_of(slot.run, slot.row, self._corpus) for slot in self._slots.values()
+            admission.memory_claim(slot.run, slot.adapter, self._corpus)
+            for slot in self._slots.values()
         ]
-        claim = joining.claim_of(run, row, self._corpus)
-        joining.find_room(self._room, run.name, claim, others)
-        self._model.shelves.add(row, start.flat(row.layout))
+        claim = admission.memory_claim(run, adapter, self._corpus)
+        admission.check_memory(self._budget, run.name, claim, others)
+        self._model.buckets.add(adapter, start.flat(adapter.layout))
         try:
-            slot = self._made(job, run, start, row)
+            slot = self._made(job, run, start, adapter)
             try:
-                joining.weighed(self._room, self._model, slot, claim, others)
-                joining.begin(slot, source, self.base)
+                admission.measure_memory(self._budget, self._model, slot, claim, others)
+                admission.restore_or_start(slot, source, self.base)
             except BaseException:
-                slot.let_go().result()
+                slot.abandon().result()
                 raise
         except BaseException:
-            self._model.shelves.drop(row)
+            self._model.buckets.drop(adapter)
             raise
         self._slots[slot.trial] = slot
         if not self._meter.alone_step_seconds:
-            self._meter.alone_step_seconds = alone(self._model, slot)
+            self._meter.alone_step_seconds = solo_seconds(self._model, slot)
         return slot.step
 
-    def _made(self, job: Job, run: Run, start: Start, row: Row) -> Slot:
+    def _made(
+        self, job: AttemptJob, run: Run, start: FreshAdapter, adapter: TrialAdapter
+    ) -> TrialSlot:
         shared = (self._corpus, self._built, self._held_out.batches, self._optimizer, self._facts)
-        return joining.make_slot(job, run, start, row, *shared)
+        return admission.make_slot(job, run, start, adapter, *shared)
 
     def leave(self, trial: str, *, keep: bool) -> Future[None]:
         """Free the slot at once. `keep`: its best state is committed and stays, else its
@@ -187,7 +193,7 @@ class Pack:
     def move(self, trial: str) -> Future[None]:
         """`leave`, with its present state committed: it goes on in another pack."""
         slot = self._slots[trial]
-        slot.lane.write(slot.hold(best=False))
+        slot.commits.write(slot.snapshot(best=False))
         return self._drop(slot, "interrupted", True, None)
 
     def commit(self, trial: str) -> str:
@@ -197,8 +203,8 @@ class Pack:
             StorageError: it could not be written.
         """
         slot = self._slots[trial]
-        slot.lane.write(slot.hold(best=False))
-        slot.lane.settle()
+        slot.commits.write(slot.snapshot(best=False))
+        slot.commits.settle()
         name = folder_name(slot.step, slot.session.job.attempt)
         return slot.session.storage.child(FOLDER, name).uri
 
@@ -210,24 +216,24 @@ class Pack:
             one.result()
 
     def _drop(
-        self, slot: Slot, status: Status, keep: bool, error: RayftError | None
+        self, slot: TrialSlot, status: Status, keep: bool, error: RayftError | None
     ) -> Future[None]:
-        held = slot.last() if keep else None
+        state = slot.last() if keep else None
         del self._slots[slot.trial]
-        self._model.shelves.drop(slot.row)
+        self._model.buckets.drop(slot.adapter)
         if isinstance(error, StorageError):
-            return slot.let_go()  # what is in its folder stays; nothing can be written there
+            return slot.abandon()  # what is in its folder stays; nothing can be written there
         # a failed trial's commits stay, and no state that trained wrongly joins them
-        return slot.end(status, held, keep=keep or status == "failed", error=str(error or ""))
+        return slot.end(status, state, keep=keep or status == "failed", error=str(error or ""))
 
     def stats(self) -> dict[str, float]:
-        """What Meter has, slots, and memory (bytes)."""
+        """What PackMeter has, slots, and memory (bytes)."""
         memory = float(peak_memory(self.device))
         return {**self._meter.numbers(), "slots": self.slots, "memory": memory}
 
     # ---- steps
 
-    def step(self) -> list[Told]:
+    def step(self) -> list[TrialReport]:
         """One optimizer step of every trial, then the evaluations that are due. A trial that ends
         has left its slot and its files are durable when it is told."""
         # One that was cut off between its last commit and its end came back with nothing to do.
@@ -236,50 +242,54 @@ class Pack:
             return [self._ended(slot, {}, slot.metrics(0.0)) for slot in over]
         slots, began = list(self._slots.values()), time.perf_counter()
         try:
-            stepped = optimize(self._model, slots)
+            stepped = step_trials(self._model, slots)
         except DeadGradientError as error:  # of the base that all of them train on
             return [self._ended(slot, {slot: error}, slot.metrics(0.0)) for slot in slots]
         seconds = time.perf_counter() - began
-        broken: dict[Slot, RayftError] = {}
+        broken: dict[TrialSlot, RayftError] = {}
         for slot in slots:
-            with apart(slot, broken):
-                slot.note(stepped[slot], seconds)
+            with isolated(slot, broken):
+                slot.finish_step(stepped[slot], seconds)
         due = [s for s in slots if s not in broken and s.schedule.evaluates(s.step)]
         better = self._evaluate(due, broken)
         self._meter.charge(stepped, time.perf_counter() - began)
         for slot in slots:
             if slot not in broken:
-                with apart(slot, broken):
+                with isolated(slot, broken):
                     slot.save(slot in better)
         share = peak_memory(self.device) / len(slots)
         over = [slot for slot in slots if slot in broken or slot.step == slot.schedule.total]
-        told = [self._ended(slot, broken, slot.metrics(share)) for slot in over]
+        reports = [self._ended(slot, broken, slot.metrics(share)) for slot in over]
         going = [slot for slot in due if slot not in over]
-        return [*told, *(Told(s.trial, s.step, s.metrics(share)) for s in going)]
+        return [*reports, *(TrialReport(s.trial, s.step, s.metrics(share)) for s in going)]
 
-    def _ended(self, slot: Slot, broken: dict[Slot, RayftError], metrics: dict[str, float]) -> Told:
+    def _ended(
+        self, slot: TrialSlot, broken: dict[TrialSlot, RayftError], metrics: dict[str, float]
+    ) -> TrialReport:
         """Take it out. Where its files cannot be written it has failed; the others stay."""
         standing: Standing = "done"
         if slot in broken:
             standing = "diverged" if isinstance(broken[slot], DivergedError) else "failed"
-        with apart(slot, broken):
+        with isolated(slot, broken):
             error = broken.get(slot)
             gone = self._drop(slot, standing, standing == "done", error)
             if not isinstance(error, StorageError):
                 gone.result()
         if standing == "done" and slot in broken:
             standing = "failed"
-        return Told(slot.trial, slot.step, metrics, standing, str(broken.get(slot, "")))
+        return TrialReport(slot.trial, slot.step, metrics, standing, str(broken.get(slot, "")))
 
-    def _evaluate(self, due: Sequence[Slot], broken: dict[Slot, RayftError]) -> set[Slot]:
+    def _evaluate(
+        self, due: Sequence[TrialSlot], broken: dict[TrialSlot, RayftError]
+    ) -> set[TrialSlot]:
         """Evaluate and log; those whose state is their best so far. A loss far above the base's
         goes to `broken`."""
         if not due or not self._held_out.batches:
             return set()
         better, start = set(), self.base["eval_loss"]
-        scores = self._held_out.score(self._model, [slot.row for slot in due])
+        scores = self._held_out.score(self._model, [slot.adapter for slot in due])
         for slot, found in zip(due, scores, strict=True):
-            with apart(slot, broken):
+            with isolated(slot, broken):
                 if slot.session.judge(slot.step, found):
                     better.add(slot)
                 if not found["eval_loss"] <= self._divergence * start:

@@ -27,7 +27,7 @@ SHARED = {"train": ("gradient_checkpointing", "precision"), "optim": ("kind",)}
 """Fields of a free section that hold for the whole pack."""
 
 
-def why_alone(run: Run) -> str:
+def why_not_packed(run: Run) -> str:
     """ "" when the run can be a trial of a pack; else the reason, one clause."""
     methods = run.methods
     if len(methods) != 1 or not isinstance(methods[0], LoraSpec):

@@ -11,7 +11,7 @@ from rayft.compose.evaluate import evaluate, metrics_of
 from rayft.core.batch import Batch
 from rayft.core.reduce import counts
 from rayft.trials.forward import PackedModel
-from rayft.trials.shelf import Row
+from rayft.trials.rank_bucket import TrialAdapter
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class HeldOut:
             return {}
         return evaluate(model, model.objective, self.batches, self.tasks)
 
-    def score(self, model: PackedModel, rows: Sequence[Row]) -> list[dict[str, float]]:
-        """Of every trial of `rows`."""
+    def score(self, model: PackedModel, adapters: Sequence[TrialAdapter]) -> list[dict[str, float]]:
+        """Of every trial of `adapters`."""
         objective, tasks = model.objective, len(self.tasks)
         terms = len(objective.terms)
-        sums = torch.zeros(len(rows), terms, tasks, dtype=torch.float64)
+        sums = torch.zeros(len(adapters), terms, tasks, dtype=torch.float64)
         totals = torch.zeros(terms, tasks, dtype=torch.float64)
         with model.evaluating():
             for batch in self.batches:
@@ -39,8 +39,8 @@ class HeldOut:
                 totals += counts(objective, [by_task], trials=tasks)
                 # never more at once than training, which keeps activations too
                 fit = max(1, model.most_tokens // batch.input_ids.numel())
-                for first in range(0, len(rows), fit):
-                    found = model.sums(rows[first : first + fit], batch)  # (terms, trials, B)
+                for first in range(0, len(adapters), fit):
+                    found = model.sums(adapters[first : first + fit], batch)  # (terms, trials, B)
                     part = sums[first : first + fit]
                     part.index_add_(2, batch.task, found.transpose(0, 1))
         return [metrics_of(one, totals, self.tasks) for one in sums]

@@ -1,7 +1,7 @@
 """The placement of a sweep's trials, simulated: makespan, and how full the slots are.
 
 Packs run in lock-step: one step of a pack with n trials takes a + b n seconds (a: what a step costs
-whatever its width; b: what a trial's tokens cost). The rule is that of runtime/desk.py: a central
+whatever its width; b: what a trial's tokens cost). The rule is that of hosts/placer.py: a central
 queue, first come first served; a freed slot goes to the next in the queue; once nobody waits, a
 pack with at least two trials fewer than the fullest one gets one of its trials, for one step's
 delay. Units: seconds and optimizer steps.
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulatedSweep:
     """What a simulated sweep came to."""
 
     makespan: float  # seconds
@@ -26,7 +26,7 @@ class Outcome:
 
 
 @dataclass
-class _Pack:
+class _SimulatedPack:
     trials: dict[int, float] = field(default_factory=dict)  # trial -> step count at which it ends
     steps: float = 0.0  # taken so far
     since: float = 0.0  # time of `steps`
@@ -45,15 +45,15 @@ def asha_lengths(count: int, steps: int, grace: int, factor: int, seed: int = 0)
     return lengths
 
 
-def simulate(lengths: Sequence[int], packs: int, slots: int, a: float, b: float) -> Outcome:
+def simulate(lengths: Sequence[int], packs: int, slots: int, a: float, b: float) -> SimulatedSweep:
     """Run trials of these lengths, in this order, on `packs` packs of `slots` slots."""
-    return _Run(lengths, packs, slots, a, b).go()
+    return _Simulation(lengths, packs, slots, a, b).go()
 
 
-class _Run:
+class _Simulation:
     def __init__(self, lengths: Sequence[int], packs: int, slots: int, a: float, b: float) -> None:
         self.lengths, self.slots, self.a, self.b = lengths, slots, a, b
-        self.packs = [_Pack() for _ in range(packs)]
+        self.packs = [_SimulatedPack() for _ in range(packs)]
         self.next = 0  # in the queue
         self.events: list[tuple[float, int, int]] = []  # time, version, pack
         self.by_count: list[set[int]] = [set() for _ in range(slots + 1)]
@@ -61,7 +61,7 @@ class _Run:
         self.moves = 0
         self.taken = self.clock = self.done = 0.0  # slot-seconds, seconds, trial-steps
 
-    def go(self) -> Outcome:
+    def go(self) -> SimulatedSweep:
         total = sum(self.lengths)
         for _ in range(self.slots):  # spread: every pack gets one before any gets two
             for index in range(len(self.packs)):
@@ -84,7 +84,7 @@ class _Run:
             self._plan(index)
             if self.done <= 0.95 * total and now > 0:
                 fullness = self.taken / (slots * now)
-        return Outcome(self.clock, self._bound(total), fullness, self.moves)
+        return SimulatedSweep(self.clock, self._bound(total), fullness, self.moves)
 
     def _bound(self, total: float) -> float:
         wide = (self.a + self.b * self.slots) / self.slots  # seconds of a trial-step at full width
@@ -139,7 +139,7 @@ class _Run:
         self.by_count[count].discard(index)
         self.by_count[count + change].add(index)
 
-    def _advance(self, pack: _Pack, now: float) -> None:
+    def _advance(self, pack: _SimulatedPack, now: float) -> None:
         if pack.trials:
             pack.steps += (now - pack.since) / (self.a + self.b * len(pack.trials))
         pack.since = now

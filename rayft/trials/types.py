@@ -13,7 +13,7 @@ its client has to enter again."""
 
 
 @dataclass(frozen=True)
-class Told:
+class TrialReport:
     """What a trial says after an evaluation, and at its end."""
 
     trial: str
@@ -31,5 +31,5 @@ class NoRoom(RayftError):
     """A pack has no slot, or no memory, for this trial now; it has when another one leaves."""
 
 
-class Unshared(ConfigError):
+class UnsharedBase(ConfigError):
     """No trials can share this base, or these targets; each of them can still run on its own."""

@@ -6,14 +6,14 @@ import os
 
 import torch
 
-from rayft.compose.checkpoint import CheckpointWriter
-from rayft.compose.commit import Commit
-from rayft.core import failpoints
-from rayft.core.retry import Retry
-from rayft.core.shards import Shard, Slice
-from rayft.core.storage import Storage
+from rayft.checkpoint.reader import Commit
+from rayft.checkpoint.writer import CheckpointWriter
+from rayft.core.shards import ParamSlice, StateShard
+from rayft.storage import failpoints
+from rayft.storage.folder import Storage
+from rayft.storage.retry import RetryPolicy
 
-QUICK = Retry(attempts=3, first=0.001, longest=0.002)
+QUICK = RetryPolicy(attempts=3, first=0.001, longest=0.002)
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 SHAPES = {"w": (37, 5), "b": (7,), "scale": ()}
 
@@ -27,7 +27,7 @@ def full(step: int) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def shard(step: int, rank: int, world: int) -> Shard:
+def shard(step: int, rank: int, world: int) -> StateShard:
     """Rank's even part; with many ranks some hold nothing of the small parameters."""
     state, slices = full(step), {}
     for name, shape in SHAPES.items():
@@ -35,9 +35,9 @@ def shard(step: int, rank: int, world: int) -> Shard:
         start, stop = numel * rank // world, numel * (rank + 1) // world
         if stop > start:
             tensors = {kind: state[kind][name].reshape(-1)[start:stop] for kind in KINDS}
-            slices[name] = Slice(shape, start, tensors)
+            slices[name] = ParamSlice(shape, start, tensors)
     whole = {"rng": torch.tensor([rank, step, 255], dtype=torch.uint8)}
-    return Shard(slices, whole, {"optimizer_step": float(step)})
+    return StateShard(slices, whole, {"optimizer_step": float(step)})
 
 
 def writers(run: Storage, world: int, attempt: int = 1, **options) -> list[CheckpointWriter]:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rayft.compose.checkpoint import CheckpointWriter
-from rayft.compose.commit import find_commit, load_commit, names
-from rayft.core import failpoints
+from rayft.checkpoint.reader import find_commit, load_commit, names
+from rayft.checkpoint.writer import CheckpointWriter
 from rayft.core.errors import StorageError
-from rayft.core.shards import Shard, Slice
-from rayft.core.storage import Storage
+from rayft.core.shards import ParamSlice, StateShard
+from rayft.storage import failpoints
+from rayft.storage.folder import Storage
 from tests.contracts.s3 import s3_server
 from tests.contracts.saving import QUICK, SHAPES, assert_holds, save, shard, writers
 
@@ -56,7 +56,7 @@ def test_every_dtype_comes_back_bit_for_bit(run, dtype):
     live = torch.randint(0, 2, (11,)).to(dtype)
     odd = torch.ones(3, dtype=torch.uint8)
     writer = CheckpointWriter(run, 0, 1, 1)
-    writer.save(1, Shard({"p": Slice((11,), 0, {"param": live})}, {"odd": odd}), {})
+    writer.save(1, StateShard({"p": ParamSlice((11,), 0, {"param": live})}, {"odd": odd}), {})
     writer.wait(30)
     with find_commit(run).reader() as reader:
         back = reader.read("p", "param", 2, 11)
@@ -71,7 +71,7 @@ def test_every_dtype_comes_back_bit_for_bit(run, dtype):
 def test_gap_between_shards_is_an_error(run):
     writer = CheckpointWriter(run, 0, 1, 1)
     part = {"param": torch.ones(4)}
-    writer.save(1, Shard({"p": Slice((11,), 2, part)}), {})
+    writer.save(1, StateShard({"p": ParamSlice((11,), 2, part)}), {})
     writer.wait(30)
     with find_commit(run).reader() as reader, pytest.raises(StorageError, match="element 6 of p"):
         reader.read("p", "param", 3, 8)
@@ -81,7 +81,9 @@ def test_live_tensors_may_change_as_soon_as_save_returns(run):
     live = torch.arange(100_000.0)
     writer = CheckpointWriter(run, 0, 1, 1)
     for step in (1, 2, 3):
-        writer.save(step, Shard({"p": Slice((100_000,), 0, {"param": live})}), {"s": step})
+        writer.save(
+            step, StateShard({"p": ParamSlice((100_000,), 0, {"param": live})}), {"s": step}
+        )
         live += 1.0
     writer.wait(30)
     for name, added in (("step-2-1", 1.0), ("step-3-1", 2.0)):
@@ -93,7 +95,9 @@ def test_numbers_json_does_not_know_survive(run):
     writer = CheckpointWriter(run, 0, 1, "0001k7", config="abc", parent="step-0-0")
     tensors = {"param": torch.ones(1)}
     extra = {"loss": float("inf"), "rng": [2**63, -1], "text": "ü\n", "none": None, "f": 0.1}
-    writer.save(3, Shard({"p": Slice((1,), 0, tensors)}, {}, {"norm": float("inf")}), extra)
+    writer.save(
+        3, StateShard({"p": ParamSlice((1,), 0, tensors)}, {}, {"norm": float("inf")}), extra
+    )
     writer.wait(30)
     commit = find_commit(run)
     assert commit.extra(0) == extra

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rayft.compose.commit import find_commit, load_commit, names
-from rayft.compose.manifest import BadCommit, CommitRecord, parse_manifest
-from rayft.core import failpoints
+from rayft.checkpoint.manifest import BadCommit, CommitRecord, parse_manifest
+from rayft.checkpoint.reader import find_commit, load_commit, names
 from rayft.core.errors import StorageError
-from rayft.core.storage import Storage
+from rayft.storage import failpoints
+from rayft.storage.folder import Storage
 from tests.contracts.saving import QUICK, assert_holds, prepared, save, shard, story, writers
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-import rayft.runtime.train
+import rayft.training.driver
 from rayft import cli, unexpected
 from rayft.config.load import load
 from rayft.config.run import Run
 from rayft.core import errors
 from rayft.core.errors import ConfigError, RayftError, StorageError
-from rayft.core.record import Best, RunRecord
+from rayft.records.run_record import BestEvaluation, RunRecord
 
 ROOT = Path(__file__).parents[2]
 QLORA = "experiments/quickstart/qlora.yaml"
@@ -104,7 +104,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(rayft.runtime.train, "train", fail)
+    monkeypatch.setattr(rayft.training.driver, "train", fail)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_train_prints_what_came_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = RunRecord(
-        "a", "done", {}, "h", steps=80, seconds=61.4, best=Best(80, 1.5, "step-80-0"),
+        "a", "done", {}, "h", steps=80, seconds=61.4, best=BestEvaluation(80, 1.5, "step-80-0"),
         params_total=2000, params_trainable=1000,
         eval={"eval_loss": 1.5, "eval_ppl": 4.5, "eval_loss/a": 1.0, "eval_ppl/a": 2.7},
         base={"eval_loss": 2.25, "eval_ppl": 9.5, "eval_loss/a": 2.0, "eval_ppl/a": 7.4},
@@ -184,7 +184,7 @@ def test_train_prints_what_came_out(
         commands.append((again, restart))
         return record
 
-    monkeypatch.setattr(rayft.runtime.train, "train", train)
+    monkeypatch.setattr(rayft.training.driver, "train", train)
     assert cli.main(["train", str(ROOT / QLORA), "seed=0"]) == 0
     again = f"rayft train {ROOT / QLORA} seed=0"
     assert commands == [(again, False)]

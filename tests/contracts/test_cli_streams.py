@@ -14,11 +14,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-import rayft.runtime.train
+import rayft.training.driver
 from rayft import cli, unexpected
-from rayft.core.console import Lasting
+from rayft.core.console import LastingStream
 from rayft.core.errors import ConfigError, RayftError
-from rayft.runtime.progress import Terminal
+from rayft.training.progress import LiveProgress
 
 ROOT = Path(__file__).parents[2]
 QLORA = str(ROOT / "experiments/quickstart/qlora.yaml")
@@ -105,7 +105,7 @@ def test_a_lost_terminal_does_not_end_a_run() -> None:
     """As after a connection is lost: every write to it is an input/output error."""
     main, side = pty.openpty()
     with os.fdopen(side, "w") as stream:
-        view = Terminal(Console(file=Lasting(stream)))
+        view = LiveProgress(Console(file=LastingStream(stream)))
         os.close(main)
         view.show({"kind": "step", "step": 1, "loss": 1.0})
         view.show({"kind": "warn", "text": "[/bold]"})
@@ -148,7 +148,7 @@ def test_any_error_is_told_in_few_plain_lines(
     def fail(*_: object, **__: object) -> None:
         raise error from OSError("\udcff")
 
-    monkeypatch.setattr(rayft.runtime.train, "train", fail)
+    monkeypatch.setattr(rayft.training.driver, "train", fail)
     folder = tmp_path if writable else tmp_path / "gone"
     monkeypatch.setattr(unexpected.tempfile, "tempdir", str(folder))
     storage = tmp_path / "[/bold]"
@@ -174,7 +174,7 @@ def test_no_place_for_temporary_files_at_all(
         raise ZeroDivisionError
 
     monkeypatch.setattr(unexpected.tempfile, "gettempdir", nowhere)
-    monkeypatch.setattr(rayft.runtime.train, "train", fail)
+    monkeypatch.setattr(rayft.training.driver, "train", fail)
     assert cli.main(["train", QLORA, "storage=/nowhere/at/all"]) == 1
     assert "could not be written (FileNotFoundError: " in capsys.readouterr().err
 

@@ -23,12 +23,12 @@ from pydantic_core import PydanticUndefined
 
 from rayft.config import rules
 from rayft.config.base import Spec
-from rayft.config.foreign import GONE, RENAMED
+from rayft.config.foreign_names import GONE, RENAMED
 from rayft.config.load import load
+from rayft.config.menu_tree import MenuPlace, every_field, place, under
+from rayft.config.parse import dotted, dump, parse
 from rayft.config.run import Run
 from rayft.config.schema import schema
-from rayft.config.shape import Place, every_field, place, under
-from rayft.config.source import dotted, dump, parse
 from rayft.config.sweep import Domain
 from rayft.core.errors import ConfigError
 
@@ -51,7 +51,7 @@ train:
 """
 
 
-def specs(at: Place) -> set[type[Spec]]:
+def specs(at: MenuPlace) -> set[type[Spec]]:
     found = set(at.specs.values()) | (specs(at.item) if at.item else set())
     for spec in at.specs.values():
         for name in spec.model_fields:

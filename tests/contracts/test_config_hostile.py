@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from rayft.config import addresses
 from rayft.config.load import load
+from rayft.config.menu_tree import every_field
+from rayft.config.parse import dotted, dump
 from rayft.config.run import Run
-from rayft.config.shape import every_field
-from rayft.config.source import dotted, dump
 from rayft.core.errors import MAX_LINES, ConfigError
 
 ROOT = Path(__file__).parents[2]

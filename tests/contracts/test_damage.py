@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from pyarrow.fs import LocalFileSystem
 
-from rayft.core.backends import Objects
-from rayft.core.jsonl import Appender, read_jsonl, read_log
-from rayft.core.ledger import LEDGER, Book, Trial, fold, read_ledger, sound
-from rayft.core.record import Best, RunRecord
-from rayft.core.sealed import BadRecord, read_lines
-from rayft.core.series import METRICS, gaps, read_series
-from rayft.core.series import sound as of_a_series
-from rayft.core.storage import Storage
+from rayft.records.ledger import LEDGER, LedgerContents, LedgerTrial, fold, read_ledger, sound
+from rayft.records.run_record import BestEvaluation, RunRecord
+from rayft.records.series import METRICS, gaps, read_series
+from rayft.records.series import sound as of_a_series
 from rayft.report import build
-from rayft.trials.retold import retold
+from rayft.storage.backends import ObjectBackend
+from rayft.storage.folder import Storage
+from rayft.storage.jsonl import LineAppender, read_jsonl, read_log
+from rayft.storage.sealed import BadRecord, read_lines
+from rayft.trials.report_replay import missed_reports
 from tests.ledgers import write_sweep
 
 FLIPS = 3000
@@ -34,12 +34,12 @@ def flipped(data: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
-def trials_of(data: bytes) -> Book:
+def trials_of(data: bytes) -> LedgerContents:
     found = read_lines([data], sound)
-    return fold(found.rows, Book(damage=found.damage))
+    return fold(found.rows, LedgerContents(damage=found.damage))
 
 
-def reports_of(trial: Trial) -> set[tuple[int, str]]:
+def reports_of(trial: LedgerTrial) -> set[tuple[int, str]]:
     return {(r.step, json.dumps(r.metrics, sort_keys=True)) for r in trial.reports}
 
 
@@ -57,7 +57,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def write_series(home: Storage, **options: Any) -> None:
-    with Appender(home, METRICS, **options) as log:
+    with LineAppender(home, METRICS, **options) as log:
         log.append({"step": 0, "split": "eval", "loss": 6.0, "eval_loss": 6.0})
         for step in STEPS:
             log.append({"step": step, "split": "train", "loss": 5 - step / 50, "tokens": 7 * step})
@@ -150,11 +150,11 @@ def test_a_killed_writer_leaves_nothing_behind_once_the_file_goes_on(tmp_path: P
     last = whole.rstrip().rfind(b"\n") + 1
     for cut in (last + 1, len(whole) - 30, len(whole) - 2):  # the last: all but "}\n"
         file.write_bytes(whole[:cut])
-        with Appender(run, METRICS) as log:
+        with LineAppender(run, METRICS) as log:
             log.append(rows[-1])
         assert file.read_bytes() == whole
     file.write_bytes(whole[:-1])  # only its end is missing
-    with Appender(run, METRICS) as log:
+    with LineAppender(run, METRICS) as log:
         log.append({"step": 100, "split": "train", "loss": 1.0})
     assert [json.loads(line)["line"] for line in file.read_bytes().splitlines()] == [*range(1, 21)]
     assert read_log(run, METRICS).damage == ()
@@ -166,7 +166,7 @@ def test_damage_before_a_restart_is_still_told_after_it(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for place in (300, len(whole) - 40, len(whole) - 1):  # in the middle, the last line, its end
         file.write_bytes(flipped(whole, 8 * place))
-        with Appender(run, METRICS) as log:
+        with LineAppender(run, METRICS) as log:
             log.append({"step": 100, "split": "train", "loss": 1.0})
         found = read_log(run, METRICS)
         assert found.rows[-1]["step"] == 100 and found.last == 20
@@ -176,12 +176,12 @@ def test_damage_before_a_restart_is_still_told_after_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("far", [False, True], ids=["folder", "object store"])
 def test_an_old_file_is_read_and_continued(far: bool, tmp_path: Path, series: bytes) -> None:
     root = str(tmp_path)
-    run = Storage(Objects(LocalFileSystem()), root, f"objects://{root}") if far else None
+    run = Storage(ObjectBackend(LocalFileSystem()), root, f"objects://{root}") if far else None
     run = run or Storage.open(root)
     run.write_bytes(METRICS, old(series))
     rows = read_jsonl(run, METRICS)
     assert rows == list(read_lines([series]).rows)
-    with Appender(run, METRICS) as log:
+    with LineAppender(run, METRICS) as log:
         assert log.lines == len(rows)
         log.append({"step": 100, "split": "train", "loss": 1.0})
     found = read_log(run, METRICS)
@@ -214,7 +214,7 @@ def test_damage_that_checksums_cannot_tell_ends_in_no_keyerror(
 
 def test_a_part_that_is_lost_on_an_object_store_is_told(tmp_path: Path) -> None:
     root = str(tmp_path)
-    far = Storage(Objects(LocalFileSystem()), root, f"objects://{root}")
+    far = Storage(ObjectBackend(LocalFileSystem()), root, f"objects://{root}")
     write_series(far, part_bytes=300)
     parts = sorted(path.name for path in tmp_path.iterdir())
     assert len(parts) > 3 and read_log(far, METRICS).damage == ()
@@ -224,14 +224,14 @@ def test_a_part_that_is_lost_on_an_object_store_is_told(tmp_path: Path) -> None:
     gap = read_log(far, METRICS).damage[0]
     lost = gap.last - gap.first + 1
     assert len(read_jsonl(far, METRICS)) == len(rows) - lost and lost > 0
-    with Appender(far, METRICS) as log:  # behind all others, not where the lost one was
+    with LineAppender(far, METRICS) as log:  # behind all others, not where the lost one was
         log.append({"step": 100, "split": "train", "loss": 1.0})
     assert not (tmp_path / parts[1]).exists() and read_jsonl(far, METRICS)[-1]["step"] == 100
 
 
 def test_a_second_writer_that_dies_slowly_takes_no_line_of_the_first(tmp_path: Path) -> None:
     run = Storage.open(str(tmp_path))
-    slow, new = Appender(run, METRICS), Appender(run, METRICS)
+    slow, new = LineAppender(run, METRICS), LineAppender(run, METRICS)
     for step in range(1, 5):
         slow.append({"step": step, "loss": 1.0, "by": "slow"})
         new.append({"step": step, "loss": 2.0, "by": "new"})
@@ -269,12 +269,12 @@ def test_what_is_told_again_is_right_or_missing_with_a_word(
     write_series(home)
     record = RunRecord("t1", "running", {}, "h", steps_total=100, base={"eval_loss": 6.0})
     home.write_text("run.json", record.to_json())
-    whole, data = retold(home, 0, 90), home.read_bytes(METRICS)
+    whole, data = missed_reports(home, 0, 90), home.read_bytes(METRICS)
     assert [one.step for one in whole] == list(STEPS)
     for bit in random.Random(13).sample(range(len(data) * 8), 300):
         home.write_bytes(METRICS, flipped(data, bit))
         caplog.clear()
-        found = retold(home, 0, 90)
+        found = missed_reports(home, 0, 90)
         if found != whole:
             assert "damaged and not used" in caplog.text, bit
             assert {one.step for one in found} <= {one.step for one in whole}
@@ -298,7 +298,7 @@ def test_metrics_that_lost_their_end_are_told(what: str, tmp_path: Path) -> None
 
 
 def test_no_bit_of_a_record_changes_a_value_without_a_word() -> None:
-    best = Best(40, 3.25, "step-40-1")
+    best = BestEvaluation(40, 3.25, "step-40-1")
     record = RunRecord("r", "done", {"a": {"b": [1]}}, "h" * 16, eval={"eval_loss": 3.2}, best=best)
     data, told = record.to_json().encode(), 0
     for bit in range(len(data) * 8):

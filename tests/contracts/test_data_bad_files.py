@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rayft.config.data import SourceSpec
 from rayft.core.errors import ConfigError, DataError
-from rayft.data.files import File
+from rayft.data.files import DataFile
 from rayft.data.readers import read
 from rayft.data.sources import resolve
 
@@ -98,5 +98,5 @@ def test_arrow_strings_that_are_not_utf8(tmp_path):
 def test_no_bytes_crash_a_reader(tmp_path_factory, data, suffix):
     path = tmp_path_factory.mktemp("fuzz") / f"a{suffix}"
     path.write_bytes(data)
-    for raw in read(File(str(path), len(data))):
+    for raw in read(DataFile(str(path), len(data))):
         assert (raw.row is None) == bool(raw.reason)

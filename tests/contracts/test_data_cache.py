@@ -19,7 +19,6 @@ from rayft.config.data import DataSpec
 from rayft.config.load import load
 from rayft.config.objectives import LmSpec, SftSpec
 from rayft.core.errors import ConfigError, DataError
-from rayft.core.storage import Storage
 from rayft.data.preview import pieces
 from rayft.data.stream import EvalSet
 from rayft.data.table import TokenTable
@@ -32,6 +31,7 @@ from rayft.data.work import (
     task_names,
     tokenise_shard,
 )
+from rayft.storage.folder import Storage
 
 TINY = Path(rayft.__file__).parent / "models" / "tiny"
 GOOD = [{"prompt": f"question {i}", "completion": f"answer {i}" * (i % 7 + 1)} for i in range(200)]

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 import rayft
 from rayft.core.errors import ConfigError
 from rayft.data.encode import encode
-from rayft.data.render import Renderer
-from rayft.data.shapes import Chat, Layout, Pair, Preference, Text
+from rayft.data.render import ExampleRenderer
+from rayft.data.shapes import ChatExample, PreferencePair, PromptPair, RowLayout, TextExample
 from rayft.data.turns import BadRow
 
 TINY = Path(rayft.__file__).parent / "models" / "tiny"
@@ -40,10 +40,10 @@ def tokenizer():
 
 def trained(tokenizer, row, layout=None, *, template=None, train_all=False):
     """What is trained of a row, decoded run by run."""
-    renderer = Renderer(
+    renderer = ExampleRenderer(
         tokenizer, train_all=train_all, text_only_fails=not train_all, chat_template=template
     )
-    [(ids, mask)] = encode(tokenizer, [renderer((layout or Layout()).parse(row))])
+    [(ids, mask)] = encode(tokenizer, [renderer((layout or RowLayout()).parse(row))])
     runs, open_ = [], False
     for token, on in zip(ids.tolist(), mask.tolist(), strict=True):
         if on and not open_:
@@ -140,13 +140,13 @@ def test_trained_parts(tokenizer, name):
 
 
 def test_kinds():
-    parse = Layout().parse
-    assert parse({"text": "a"}) == Text("a")
-    assert parse({"prompt": "a", "completion": "b"}) == Pair("a", "b")
+    parse = RowLayout().parse
+    assert parse({"text": "a"}) == TextExample("a")
+    assert parse({"prompt": "a", "completion": "b"}) == PromptPair("a", "b")
     both = parse({"prompt": "a", "chosen": "b", "rejected": "c"})
-    assert both == Preference(Pair("a", "b"), Pair("a", "c"))
+    assert both == PreferencePair(PromptPair("a", "b"), PromptPair("a", "c"))
     chat = parse({"instruction": "a", "input": "b", "output": "c", "system": None})
-    assert isinstance(chat, Chat)
+    assert isinstance(chat, ChatExample)
     assert chat.messages[0] == {"role": "user", "content": "a\nb"}
 
 
@@ -162,17 +162,17 @@ def test_train_on_prompt_keeps_what_a_switch_turns_off(tokenizer):
 
 
 def test_mapped_columns(tokenizer):
-    layout = Layout("auto", {"prompt": "question", "completion": "answer"})
+    layout = RowLayout("auto", {"prompt": "question", "completion": "answer"})
     layout.check()
     assert trained(tokenizer, {"question": "One?", "answer": "1"}, layout) == ["1<|end|>"]
-    turned = Layout("messages", {"messages": "dialog", "role": "who", "content": "says"})
+    turned = RowLayout("messages", {"messages": "dialog", "role": "who", "content": "says"})
     row = {"dialog": [{"who": "human", "says": "One?"}, {"who": "bot", "says": "1"}]}
     assert trained(tokenizer, row, turned) == ["1<|end|>"]
 
 
 def test_unknown_column_name_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'completion'"):
-        Layout("prompt_completion", {"complection": "answer"}).check()
+        RowLayout("prompt_completion", {"complection": "answer"}).check()
 
 
 BAD = {
@@ -219,9 +219,9 @@ def test_prompt_tokens_are_those_of_the_prompt_alone(trims):
     bare.chat_template = None
     if trims:
         bare.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
-    renderer = Renderer(bare, train_all=False, text_only_fails=True)
+    renderer = ExampleRenderer(bare, train_all=False, text_only_fails=True)
     for prompt in ("The answer is ", "The answer is", "a\n", "é"):
-        [(ids, mask)] = encode(bare, [renderer(Pair(prompt, "the\n same"))])
+        [(ids, mask)] = encode(bare, [renderer(PromptPair(prompt, "the\n same"))])
         alone = bare(prompt)["input_ids"]
         assert ids[: len(alone)].tolist() == alone
         assert mask.tolist() == [False] * len(alone) + [True] * (len(ids) - len(alone))

@@ -19,9 +19,9 @@ import rayft
 from rayft.config.data import DataSpec, SourceSpec
 from rayft.config.objectives import SftSpec
 from rayft.core.errors import ConfigError, DataError
-from rayft.core.storage import Storage
 from rayft.data.sources import resolve
 from rayft.data.tokenise import prepare
+from rayft.storage.folder import Storage
 
 TINY = Path(rayft.__file__).parent / "models" / "tiny"
 ROWS = [{"prompt": f'question {i} é\n"x", y', "completion": f"answer {i}"} for i in range(300)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rayft.core.batch import IGNORE
 from rayft.data.collate import collate
 from rayft.data.stream import EvalSet, TrainStream, split_rows
-from rayft.data.table import Counts, TokenTable
+from rayft.data.table import TableCounts, TokenTable
 
 
 def table(documents=97, tasks=2, longest=40, seed=0) -> TokenTable:
@@ -26,7 +26,7 @@ def table(documents=97, tasks=2, longest=40, seed=0) -> TokenTable:
     source = (np.arange(documents) % tasks).astype(np.int32)
     names = tuple(f"s{index}" for index in range(tasks))
     return TokenTable(
-        ids, mask, offsets, source, np.arange(documents), source, names, (Counts(),) * tasks
+        ids, mask, offsets, source, np.arange(documents), source, names, (TableCounts(),) * tasks
     )
 
 

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from rayft.compose import checkpoint
-from rayft.compose.commit import find_commit, names
-from rayft.core import failpoints
+from rayft.checkpoint import writer as checkpoint
+from rayft.checkpoint.reader import find_commit, names
 from rayft.core.errors import StorageError
-from rayft.core.storage import Storage
+from rayft.storage import failpoints
+from rayft.storage.folder import Storage
 from tests.contracts.saving import QUICK, shard, writers
 from tests.packs import Lab, home_of, record
 
@@ -69,7 +69,7 @@ def test_nobody_waits_for_the_files_of_a_trial_that_leaves(lab, gathering, keep)
     pack = lab.pack(lab.run("stopped", where=where), lab.run("stays", where=where))
     pack.step()
     slot = pack._slots["stopped"]
-    slot.lane.write(slot.hold(best=False))
+    slot.commits.write(slot.snapshot(best=False))
     gathering()
     gone = pack.leave("stopped", keep=keep)
     pack.step()
@@ -86,7 +86,7 @@ def test_commits_that_wait_are_not_written_for_a_trial_without_a_future(lab, gat
     slot = pack._slots["waits"]
     for _ in range(3):
         pack.step()
-        slot.lane.write(slot.hold(best=False))
+        slot.commits.write(slot.snapshot(best=False))
     gathering()
     pack.leave("waits", keep=False).result(20)
     assert failpoints.hits["checkpoint.gather"] == 1
@@ -97,7 +97,7 @@ def test_files_that_vanish_under_a_pack_stop_nobody(lab, gathering):
     pack = lab.pack(lab.run("loser"), lab.run("winner"))
     pack.step()
     slot = pack._slots["loser"]
-    slot.lane.write(slot.hold(best=False))
+    slot.commits.write(slot.snapshot(best=False))
     gathering()
     home_of(lab.run("loser")).delete("checkpoints")
     began = time.monotonic()

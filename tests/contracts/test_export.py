@@ -15,11 +15,11 @@ from rayft.compose.export import check_vllm, merge_adapter, write_model_card
 from rayft.config.methods import LoraSpec
 from rayft.config.run import ModelSpec, Run
 from rayft.core.errors import ConfigError
-from rayft.core.record import RunRecord
 from rayft.methods import apply_all, build
 from rayft.models.generate import generate
 from rayft.models.load import check_vocabulary, load_model
 from rayft.models.tokenizer import load_tokenizer
+from rayft.records.run_record import RunRecord
 from tests.small import VOCAB, llama, saved_llama
 
 

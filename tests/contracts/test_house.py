@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+import rayft
+from rayft.config.menu_tree import under
 from rayft.config.run import Run
-from rayft.config.shape import under
 
 PACKAGE = Path(__file__).parents[2] / "rayft"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -65,6 +66,37 @@ def test_a_file_keeps_the_house_rules(path: Path) -> None:
     assert ast.get_docstring(ast.parse(text)), "a file opens with what it is"
     lowered = text.lower()
     assert [word for word in ("todo", "fixme", "xxx", "for now") if f" {word}" in lowered] == []
+
+
+RAY_FILES = {
+    "cluster": {"connect", "driver_context", "map_tasks", "preflight"},
+    "training": {"control", "launch", "telemetry", "worker"},
+    "hosts": {"pack_actor", "pack_pool", "placer", "placer_config", "train_run_actor"},
+    "search": {"searcher"},
+    "sweeps": {"callback", "cluster", "driver", "schedule", "scheduler_replay", "trial", "tuner"},
+}
+
+
+def test_no_room_hides_a_function_of_the_api() -> None:
+    """Importing `rayft.train.x` would replace the function `rayft.train` by a module."""
+    rooms = {path.parent.name for path in FILES} | {path.stem for path in PACKAGE.glob("*.py")}
+    assert not rooms & set(rayft.__all__)
+
+
+def test_ray_is_imported_where_it_is_said_to_be() -> None:
+    """CONTRIBUTING names these files; whoever reads another one need not know Ray."""
+    found: dict[str, set[str]] = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "ray" for name in imported):
+                found.setdefault(path.parent.name, set()).add(path.stem)
+    assert found == RAY_FILES
+    told = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    for room, files in RAY_FILES.items():
+        line = next(line for line in told.splitlines() if line.startswith(f"- `{room}/`: "))
+        assert set(line.partition(": ")[2].strip("`.").split("`, `")) == files
 
 
 def test_the_rules_see_what_they_forbid() -> None:

@@ -15,19 +15,19 @@ from pathlib import Path
 
 import pytest
 
-from rayft.core import lease as leases
 from rayft.core.errors import InUseError, RayftError
-from rayft.core.lease import LEASE, Holder, Lease
 from rayft.core.process import started
-from rayft.core.storage import Storage
+from rayft.storage import lease as leases
+from rayft.storage.folder import Storage
+from rayft.storage.lease import LEASE, Lease, LeaseHolder
 from tests.contracts.s3 import s3_server
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from rayft.core import lease
+from rayft.storage import lease
 from rayft.core.errors import InUseError
-from rayft.core.storage import Storage
+from rayft.storage.folder import Storage
 
 lease.RENEW = 0.1
 folder, mark = sys.argv[1], Path(sys.argv[2])
@@ -75,9 +75,9 @@ def told(folder: Path) -> dict[str, object]:
     return json.loads((folder / LEASE).read_text())
 
 
-def elsewhere(folder: Path, **changes: object) -> Holder:
+def elsewhere(folder: Path, **changes: object) -> LeaseHolder:
     """A lease whose holder cannot be seen from here."""
-    holder = replace(Holder.here(), machine="another", host="far", pid=1, **changes)
+    holder = replace(LeaseHolder.here(), machine="another", host="far", pid=1, **changes)
     folder.mkdir(exist_ok=True)
     (folder / LEASE).write_text(json.dumps(asdict(holder)))
     return holder
@@ -118,7 +118,7 @@ def test_a_killed_holder_is_followed_at_once(tmp_path: Path, start: Start) -> No
 
 
 def test_a_pid_used_again_is_not_taken_for_the_holder() -> None:
-    mine = Holder.here()
+    mine = LeaseHolder.here()
     assert mine.alive is True
     assert replace(mine, started="1").alive is False
     assert replace(mine, pid=2**22 + 1).alive is False
@@ -128,7 +128,7 @@ def test_a_pid_used_again_is_not_taken_for_the_holder() -> None:
 
 def test_a_zombie_holds_nothing() -> None:
     child = subprocess.Popen(["sleep", "60"])
-    holder = replace(Holder.here(), pid=child.pid, started=started(child.pid))
+    holder = replace(LeaseHolder.here(), pid=child.pid, started=started(child.pid))
     assert holder.alive is True
     child.kill()
     until(lambda: holder.alive is False)  # not waited for: still in the process table

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from pyarrow.fs import LocalFileSystem
 
-from rayft.core.backends import Objects
-from rayft.core.ledger import ENDED, LEDGER, Book, Ledger, read_ledger
-from rayft.core.storage import Storage
+from rayft.records.ledger import ENDED, LEDGER, Ledger, LedgerContents, read_ledger
+from rayft.storage.backends import ObjectBackend
+from rayft.storage.folder import Storage
 
 TRIALS = st.sampled_from(["t0001", "t0002", "t0003"])
 METRICS = st.dictionaries(
@@ -74,7 +74,7 @@ def expected(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def as_data(book: Book) -> dict[str, dict[str, Any]]:
+def as_data(book: LedgerContents) -> dict[str, dict[str, Any]]:
     found = {}
     for name, trial in book.trials.items():
         assert trial.id == name and trial.over == (trial.status in ENDED)
@@ -94,7 +94,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="ledger-")
         root = self.folder.name
-        objects = Storage(Objects(LocalFileSystem()), root, f"objects://{root}")
+        objects = Storage(ObjectBackend(LocalFileSystem()), root, f"objects://{root}")
         self.storage = Storage.open(root) if self.local else objects
         self.ticks = itertools.count(1)
         self.now = 0.0

@@ -20,7 +20,7 @@ from rayft.config.methods import LoraSpec
 from rayft.config.run import ModelSpec
 from rayft.methods import apply_all, build, load_adapter
 from rayft.models.load import keep_nf4_as_loaded, load_model
-from rayft.trials.initial import twin
+from rayft.trials.initial import shared_copy
 from tests.packs import Lab, finish, losses, small_model
 
 WIDTH = 64
@@ -96,7 +96,7 @@ def test_no_path_of_rayft_makes_a_layer_that_repacks(cpu_reading, folder, tmp_pa
     """Loading, copies of the module tree, adapters around the layers, adapters from a folder."""
     spec = ModelSpec(path=str(folder), quant="nf4")
     made = load_model(spec, device="cpu", seed=0)
-    base, again = twin(made), load_model(spec, device="cpu", seed=0)
+    base, again = shared_copy(made), load_model(spec, device="cpu", seed=0)
     method = build(LoraSpec(rank=4))
     apply_all(made, [method])
     state = {name: param for name, param in made.named_parameters() if param.requires_grad}

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayft.compose.commit import find_commit, names
+from rayft.checkpoint.reader import find_commit, names
 from rayft.compose.offline import evaluate_run, export_run
 from rayft.core.errors import ConfigError, InfeasibleError
 from rayft.trials.pack import Pack
-from rayft.trials.retold import retold
+from rayft.trials.report_replay import missed_reports
 from rayft.trials.types import NoRoom
 from tests.packs import Lab, Silent, finish, home_of, losses, record
 
@@ -26,18 +26,18 @@ def lab(tmp_path_factory) -> Lab:
 
 
 def rows(pack: Pack, trial: str) -> torch.Tensor:
-    return pack._slots[trial].row.flat()
+    return pack._slots[trial].adapter.flat()
 
 
 def poison(pack: Pack, trial: str) -> None:
     with torch.no_grad():
-        pack._slots[trial].row.params["lora_B"].fill_(math.nan)
-    for shelf in pack._model.shelves.all.values():
-        shelf.updated()
+        pack._slots[trial].adapter.params["lora_B"].fill_(math.nan)
+    for bucket in pack._model.buckets.all.values():
+        bucket.updated()
 
 
 def test_a_trial_that_is_not_a_number_leaves_and_changes_no_bit_of_the_others(lab):
-    """In the same shelf, and in the same rows of the base."""
+    """In the same bucket, and in the same rows of the base."""
     changes = {"a": (), "b": (), "c": ("seed=7",), "d": DROP}
     clean = lab.pack(*[lab.run(n, *c, where="clean") for n, c in changes.items()])
     dirty = lab.pack(*[lab.run(n, *c, where="dirty") for n, c in changes.items()])
@@ -116,14 +116,16 @@ def test_what_a_trial_said_before_its_commit_can_be_read_again(lab):
     said = [told for _ in range(6) for told in pack.step()]
     pack.close()
     home = home_of(run)
-    again = retold(home, 0, 6)
+    again = missed_reports(home, 0, 6)
     assert [told.step for told in again] == [told.step for told in said] == [4]
     for one, other in zip(said, again, strict=True):
         missing = {"seconds", "memory"}
         assert other.metrics == {k: v for k, v in one.metrics.items() if k not in missing}
-    assert retold(home, 4, 6) == retold(home, 0, 3) == []
+    assert missed_reports(home, 4, 6) == missed_reports(home, 0, 3) == []
     finish(lab.pack(run))
-    assert [told.step for told in retold(home, 0, 8)] == [4]  # the last one is told as its end
+    assert [told.step for told in missed_reports(home, 0, 8)] == [
+        4
+    ]  # the last one is told as its end
 
 
 def test_a_trial_whose_files_cannot_be_written_fails_alone(lab):
@@ -212,7 +214,7 @@ def test_no_slot_no_memory_and_strangers_are_refused(lab, tmp_path):
         lab.pack(lab.run("all", "methods=[{kind: full}]"))
     stats = pack.stats()
     pack.close()
-    need = pack._room.need([])
+    need = pack._budget.need([])
     with pytest.raises(InfeasibleError, match="GiB"):
         lab.pack(lab.run("big"), memory=need + 1000)
     tight = lab.pack(lab.run("one"), memory=need + (16 << 20))

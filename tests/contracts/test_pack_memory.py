@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rayft.core.errors import InfeasibleError
-from rayft.trials.room import Claim, Room, everything, host_memory
+from rayft.trials.memory import MemoryBudget, MemoryClaim, host_memory, memory_limit
 from rayft.trials.types import NoRoom
 from tests.packs import CPU, Lab, home_of, losses
 
@@ -22,18 +22,18 @@ def lab(tmp_path_factory) -> Lab:
 def known(lab) -> tuple[int, int]:
     """(bytes of base and one adapter, bytes of one trial's activations)."""
     pack = lab.pack(lab.run("known"))
-    claim = Claim(next(iter(pack._slots.values())).row.layout.size, 4, 64, 4, PLAIN)
-    whole, room = pack._room.need([claim]), pack._room
-    fixed = Room(CPU, room.base, 0).need([claim])
+    claim = MemoryClaim(next(iter(pack._slots.values())).adapter.layout.size, 4, 64, 4, PLAIN)
+    whole, budget = pack._budget.need([claim]), pack._budget
+    fixed = MemoryBudget(CPU, budget.base, 0).need([claim])
     pack.close()
     return fixed, whole - fixed
 
 
 def test_the_model_is_that_of_its_text():
-    room = Room(CPU, base=1000, limit=0, per_token=10.0)
-    claims = [Claim(5, 2, 30, 4, PLAIN), Claim(7, 1, 50, 4, PLAIN)]
-    assert room.need([]) == 1000
-    assert room.need(claims) == 1000 + 16 * 12 + 10 * 3 * 50  # all rows padded to the longest
+    budget = MemoryBudget(CPU, base=1000, limit=0, per_token=10.0)
+    claims = [MemoryClaim(5, 2, 30, 4, PLAIN), MemoryClaim(7, 1, 50, 4, PLAIN)]
+    assert budget.need([]) == 1000
+    assert budget.need(claims) == 1000 + 16 * 12 + 10 * 3 * 50  # all rows padded to the longest
 
 
 def test_the_first_trial_is_refused_when_its_activations_do_not_fit(lab, known):
@@ -43,7 +43,7 @@ def test_the_first_trial_is_refused_when_its_activations_do_not_fit(lab, known):
     run = lab.run("first-big")
     with pytest.raises(InfeasibleError, match="GiB"):
         pack.admit(lab.job(run))
-    assert pack.trials == () and not pack._model.shelves.places()
+    assert pack.trials == () and not pack._model.buckets.places()
     assert not home_of(run).exists("run.json")
     small = lab.run("first-small", "train.global_batch=1", "train.micro_batch=1")
     assert pack.admit(lab.job(small)) == 0  # the pack goes on
@@ -53,9 +53,9 @@ def test_the_first_trial_is_refused_when_its_activations_do_not_fit(lab, known):
 @pytest.mark.parametrize("change", ["methods.0.dropout=0.1", "methods.0.dora=true"])
 def test_who_keeps_more_than_those_before_is_measured_anew(lab, known, change):
     pack = lab.pack(lab.run(f"plain-{change[10:12]}"))
-    before = pack._room.per_token
+    before = pack._budget.per_token
     pack.admit(lab.job(lab.run(f"more-{change[10:12]}", change)))
-    assert pack._room.per_token > 1.05 * before
+    assert pack._budget.per_token > 1.05 * before
     pack.close()
 
 
@@ -66,7 +66,7 @@ def test_a_neighbour_that_turns_out_too_large_waits(lab, known):
     done = lab.pack(alone)
     run, wide = lab.run("stays"), lab.run("masks", "methods.0.dropout=0.1")
     pack = lab.pack(run)
-    pack._room.limit = pack._room.need([c := _claim(pack), c]) + 1000
+    pack._budget.limit = pack._budget.need([c := _claim(pack), c]) + 1000
     with pytest.raises(NoRoom, match="GiB"):
         pack.admit(lab.job(wide))
     assert pack.trials == ("stays",)
@@ -93,16 +93,16 @@ def test_running_out_while_measuring_is_a_refusal(lab, others, error):
     pack.close()
 
 
-def _claim(pack) -> Claim:
-    size = next(iter(pack._slots.values())).row.layout.size
-    return Claim(size, 4, int(pack._corpus.train.lengths.max()), 4, PLAIN)
+def _claim(pack) -> MemoryClaim:
+    size = next(iter(pack._slots.values())).adapter.layout.size
+    return MemoryClaim(size, 4, int(pack._corpus.train.lengths.max()), 4, PLAIN)
 
 
 def test_a_kind_is_known_up_to_the_rank_that_was_measured():
-    room = Room(CPU, 0, 0)
-    room.measure(Claim(1, 1, 1, 8, DROPS), lambda: 1)
-    asked = [Claim(1, 1, 1, rank, kind) for rank, kind in ((8, DROPS), (9, DROPS), (8, DORA))]
-    assert [room.knows(claim) for claim in asked] == [True, False, False]
+    budget = MemoryBudget(CPU, 0, 0)
+    budget.measure(MemoryClaim(1, 1, 1, 8, DROPS), lambda: 1)
+    asked = [MemoryClaim(1, 1, 1, rank, kind) for rank, kind in ((8, DROPS), (9, DROPS), (8, DORA))]
+    assert [budget.knows(claim) for claim in asked] == [True, False, False]
 
 
 def test_the_memory_of_the_container_counts(tmp_path):
@@ -112,4 +112,4 @@ def test_the_memory_of_the_container_counts(tmp_path):
     assert host_memory(tmp_path) == machine
     (tmp_path / "memory.max").write_text("1000000\n")
     assert host_memory(tmp_path) == 1_000_000
-    assert everything(CPU, 0.25) == host_memory() // 4
+    assert memory_limit(CPU, 0.25) == host_memory() // 4

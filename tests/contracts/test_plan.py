@@ -4,7 +4,7 @@ import pytest
 
 from rayft.config.load import load
 from rayft.config.run import Run
-from rayft.trials.plan import default_slots, pack_key, why_alone
+from rayft.trials.plan import default_slots, pack_key, why_not_packed
 
 BASE = {
     "name": "a",
@@ -137,11 +137,11 @@ def test_who_runs_alone():
         ("optim.kind", "adamw_8bit", "8bit"),
         ("model.quant", "int8", "int8"),
     ):
-        assert word in why_alone(changed(path, value))
-    assert why_alone(load(BASE)) == ""
-    assert "full" in why_alone(load(BASE, ["methods=[{kind: full}]"]))
+        assert word in why_not_packed(changed(path, value))
+    assert why_not_packed(load(BASE)) == ""
+    assert "full" in why_not_packed(load(BASE, ["methods=[{kind: full}]"]))
     both = ["train.gradient_checkpointing=true", "methods.0.dropout=0.1"]
-    assert "dropout" in why_alone(load(BASE, both))
+    assert "dropout" in why_not_packed(load(BASE, both))
 
 
 def test_slots_by_the_size_of_a_step():

@@ -6,11 +6,11 @@ import errno
 
 import pytest
 
-from rayft.compose.checkpoint import REFUSED
-from rayft.compose.commit import find_commit
-from rayft.core import failpoints
+from rayft.checkpoint.reader import find_commit
+from rayft.checkpoint.writer import REFUSED
 from rayft.core.errors import PermanentStorageError, StorageError
-from rayft.core.storage import Storage
+from rayft.storage import failpoints
+from rayft.storage.folder import Storage
 from tests.contracts.disks import mounted, small_disk
 from tests.contracts.saving import QUICK, save, shard, writers
 

@@ -23,12 +23,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from rayft import cli
-from rayft.core.ledger import Ledger
-from rayft.core.record import SweepRecord
-from rayft.core.storage import Storage
+from rayft.records.ledger import Ledger
+from rayft.records.run_record import SweepRecord
 from rayft.report import build, write_report
 from rayft.report.facts import read_facts
 from rayft.report.page import page
+from rayft.storage.folder import Storage
 from tests.ledgers import BASE, write_sweep
 from tests.webpage import Reader
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from rayft.config.sweep import Domain
-from rayft.core.ledger import Book, fold
+from rayft.records.ledger import LedgerContents, fold
 from rayft.report.axes import axes, written
-from rayft.report.facts import Row, cost, front, read_facts
-from rayft.report.numbers import Scale, many, seconds, size
+from rayft.report.facts import TrialResult, cost, front, read_facts
+from rayft.report.numbers import MetricScale, many, seconds, size
 from rayft.report.savings import savings
 from tests.ledgers import START, write_sweep
 
 
-def book(*rows: dict[str, Any]) -> Book:
+def book(*rows: dict[str, Any]) -> LedgerContents:
     times = ({"time": float(i), "params": {}} | row for i, row in enumerate(rows))
     return fold(times)
 
@@ -88,9 +88,9 @@ def test_nothing_told_nothing_saved() -> None:
     assert unknown is not None and unknown.stopping == 0
 
 
-def row(name: str, value: float, cost: float) -> Row:
+def row(name: str, value: float, cost: float) -> TrialResult:
     made = book({"trial": name, "status": "done", "step": 1, "eval_loss": value})
-    return Row(made.trials[name], value, 1, {"seconds": cost})
+    return TrialResult(made.trials[name], value, 1, {"seconds": cost})
 
 
 def test_the_pareto_front() -> None:
@@ -125,8 +125,8 @@ def test_numbers_for_people() -> None:
     ]  # fmt: skip
     assert [size(b) for b in (900, 740261888, 2**34)] == ["900 B", "706 MiB", "16 GiB"]
     assert [many(n) for n in (950, 41376, 2_050_000)] == ["950", "41.4 k", "2.05 M"]
-    assert Scale.of([3.62, 3.82, 3.91, 4.9]).text(3.6219) == "3.622"
-    assert Scale.of([0.5]).text(-0.25) == "−0.250" and Scale(2).text(None) == "–"
+    assert MetricScale.of([3.62, 3.82, 3.91, 4.9]).text(3.6219) == "3.622"
+    assert MetricScale.of([0.5]).text(-0.25) == "−0.250" and MetricScale(2).text(None) == "–"
     assert [written(v) for v in (2e-5, 0.00152, True, None, [1, "a"])] == [
         "2e-5", "0.00152", "true", "null", '[1, "a"]',
     ]  # fmt: skip

@@ -11,15 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rayft.core import failpoints
 from rayft.core.errors import StorageError
-from rayft.core.jsonl import Appender, read_jsonl
-from rayft.core.retry import Retry, is_transient
-from rayft.core.series import latest, read_series
-from rayft.core.storage import Storage, probe
+from rayft.records.series import latest, read_series
+from rayft.storage import failpoints
+from rayft.storage.folder import Storage, probe
+from rayft.storage.jsonl import LineAppender, read_jsonl
+from rayft.storage.retry import RetryPolicy, is_transient
 from tests.contracts.s3 import s3_server
 
-QUICK = Retry(attempts=3, first=0.001, longest=0.002)
+QUICK = RetryPolicy(attempts=3, first=0.001, longest=0.002)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_child_and_pickle_name_the_same_place(storage):
 
 def test_appended_lines_come_back_in_order_over_restarts(storage):
     for attempt in range(3):
-        with Appender(storage, "m/metrics.jsonl", every=0.0, part_bytes=60) as log:
+        with LineAppender(storage, "m/metrics.jsonl", every=0.0, part_bytes=60) as log:
             for step in range(10):
                 log.append({"attempt": attempt, "step": step})
     rows = read_jsonl(storage, "m/metrics.jsonl")
@@ -109,7 +109,7 @@ def test_appended_lines_come_back_in_order_over_restarts(storage):
 
 
 def test_flush_makes_lines_readable_before_close(storage):
-    log = Appender(storage, "metrics.jsonl", every=3600)
+    log = LineAppender(storage, "metrics.jsonl", every=3600)
     log.append({"step": 1})
     log.flush()
     assert read_jsonl(storage, "metrics.jsonl") == [{"step": 1}]
@@ -120,7 +120,7 @@ def test_flush_makes_lines_readable_before_close(storage):
 
 def test_local_line_is_readable_at_once(tmp_path):
     run = Storage.open(str(tmp_path))
-    log = Appender(run, "metrics.jsonl", every=3600)
+    log = LineAppender(run, "metrics.jsonl", every=3600)
     log.append({"step": 1})
     assert read_jsonl(run, "metrics.jsonl") == [{"step": 1}]  # neither flushed nor closed
     log.close()
@@ -131,14 +131,14 @@ def test_torn_last_line_is_ignored_and_never_joined(tmp_path):
     whole = [json.dumps({"step": s}) for s in range(3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(whole) + '\n{"step": 3, "lo')
     assert [row["step"] for row in read_jsonl(run, "metrics.jsonl")] == [0, 1, 2]
-    with Appender(run, "metrics.jsonl") as log:
+    with LineAppender(run, "metrics.jsonl") as log:
         log.append({"step": 3})
     assert [row["step"] for row in read_jsonl(run, "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def test_steps_logged_again_replace_the_earlier_rows(tmp_path):
     run = Storage.open(str(tmp_path))
-    with Appender(run, "metrics.jsonl") as log:
+    with LineAppender(run, "metrics.jsonl") as log:
         for step, loss in [(1, 9.0), (2, 8.0), (3, 7.0), (2, 1.0), (3, 2.0)]:
             log.append({"step": step, "split": "train", "loss": loss})
         log.append({"step": 2, "split": "eval", "loss": 5.0, "task": "chat"})
@@ -221,6 +221,6 @@ def test_file_uri_and_plain_path_are_the_same_folder(tmp_path, monkeypatch):
 
 
 def test_storage_imports_neither_torch_nor_pyarrow():
-    code = "import sys, rayft.core.series; print({'torch', 'pyarrow', 'ray'} & set(sys.modules))"
+    code = "import sys, rayft.records.series; print({'torch', 'pyarrow', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

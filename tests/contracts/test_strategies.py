@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rayft.config.strategies import StrategySpec
-from rayft.core.protocols import Group
+from rayft.core.protocols import ParamGroup
 from rayft.core.shards import PARAM
 from rayft.strategies import IMPLEMENTATIONS
 from tests.strategy_lab import printed, results
@@ -174,6 +174,6 @@ def test_empty_group_is_an_internal_error() -> None:
     from rayft.strategies.optim import build_optimizer
 
     weight = torch.nn.Parameter(torch.zeros(3))
-    groups = [Group("lora_A", (weight,)), Group("no_decay", (), decay=False)]
+    groups = [ParamGroup("lora_A", (weight,)), ParamGroup("no_decay", (), decay=False)]
     with pytest.raises(RuntimeError, match="'no_decay' is empty"):
         build_optimizer(groups, OPTIM)

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from rayft.cli import app
 from rayft.config import rules
 from rayft.config.load import load
+from rayft.config.parse import parse
 from rayft.config.run import Run
 from rayft.config.schema import schema
-from rayft.config.source import parse
 from rayft.config.space import applied, params_of, perturbable
 from rayft.config.sweep import Domain, SweepSpec
 from rayft.config.sweep_rules import SWEEP_RULES, metrics

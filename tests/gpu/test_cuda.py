@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rayft.config.load import load
-from rayft.core.series import read_series
-from rayft.core.storage import Storage
-from rayft.runtime.train import train
+from rayft.records.series import read_series
+from rayft.storage.folder import Storage
+from rayft.training.driver import train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,13 +9,13 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 from torch import nn
 
-from rayft.compose.gradient_check import ENOUGH, GradientCheck, Movement
+from rayft.compose.gradient_check import ENOUGH, GradientCheck, GroupMovement
 from rayft.core.errors import DeadGradientError
-from rayft.core.protocols import Group
+from rayft.core.protocols import ParamGroup
 from rayft.models.load import load_model
-from rayft.runtime.attempts import Attempt, GiveUp, decide
-from rayft.runtime.failure import caught
 from rayft.strategies.optim import build_optimizer
+from rayft.training.attempts import EndedAttempt, GiveUp, decide
+from rayft.training.failure import caught
 from tests.packs import CPU, Lab, Silent, finish, home_of, losses, record
 
 ATTENTION = "model.layers.0.self_attn"
@@ -138,9 +138,9 @@ def test_a_trial_that_stands_still_fails_alone(tmp_path):
     assert losses(fine) == pytest.approx(losses(alone), rel=1e-5)
 
 
-def looked(*updates: tuple[torch.Tensor, float, int]) -> Movement:
-    """A Movement that has seen these (parameter, learning rate, trained tokens)."""
-    movement = Movement({"w": "group"}, CPU)
+def looked(*updates: tuple[torch.Tensor, float, int]) -> GroupMovement:
+    """A GroupMovement that has seen these (parameter, learning rate, trained tokens)."""
+    movement = GroupMovement({"w": "group"}, CPU)
     for step, (tensor, lr, tokens) in enumerate(updates, 1):
         if movement.looking:
             movement.look(step, {"group": lr}, tokens, lambda tensor=tensor: {"w": tensor})
@@ -176,7 +176,7 @@ def test_hooks_are_gone_after_the_first_step(tmp_path):
     class OneRank:
         rank, device = 0, CPU
 
-    check = GradientCheck(weight, [Group("all", tuple(weight.parameters()))], OneRank())
+    check = GradientCheck(weight, [ParamGroup("all", tuple(weight.parameters()))], OneRank())
     weight(torch.ones(1, 2)).sum().backward()
     check.after_backward(1)
     assert not weight.weight._post_accumulate_grad_hooks
@@ -185,7 +185,7 @@ def test_hooks_are_gone_after_the_first_step(tmp_path):
 def test_another_attempt_is_not_made():
     """It could not change anything."""
     error = DeadGradientError("2 of 4 trained parameters got no gradient")
-    assert isinstance(decide([Attempt(caught(error, rank=0, step=1), 0)], retries=3), GiveUp)
+    assert isinstance(decide([EndedAttempt(caught(error, rank=0, step=1), 0)], retries=3), GiveUp)
 
 
 def test_a_continued_run_is_looked_at_again(breaking, tmp_path):

@@ -15,8 +15,8 @@ from trl import SFTConfig, SFTTrainer
 import rayft
 from rayft.core.batch import IGNORE
 from rayft.data.encode import encode
-from rayft.data.render import Renderer
-from rayft.data.shapes import Layout
+from rayft.data.render import ExampleRenderer
+from rayft.data.shapes import RowLayout
 from rayft.data.turns import BadRow
 
 SHIPPED = Path(trl.__file__).parent / "chat_templates"  # with generation tags: a second opinion
@@ -58,8 +58,8 @@ def theirs(rows, tokenizer, tmp_path, **options):
 
 
 def ours(rows, tokenizer, *, train_all=False):
-    renderer = Renderer(tokenizer, train_all=train_all, text_only_fails=not train_all)
-    pairs = encode(tokenizer, [renderer(Layout().parse(row)) for row in rows])
+    renderer = ExampleRenderer(tokenizer, train_all=train_all, text_only_fails=not train_all)
+    pairs = encode(tokenizer, [renderer(RowLayout().parse(row)) for row in rows])
     tensors = [(torch.from_numpy(ids).long(), torch.from_numpy(mask)) for ids, mask in pairs]
     return [(ids, torch.where(mask, ids, IGNORE)) for ids, mask in tensors]
 
@@ -122,16 +122,20 @@ def test_templates_that_render_the_past_in_another_way(tokenizer, name, parts):
     template = (SHIPPED / f"{name}.jinja").read_text()
     turns = [("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    render = Renderer(tokenizer, train_all=False, text_only_fails=True, chat_template=template)
-    rendered = render(Layout().parse(row))
+    render = ExampleRenderer(
+        tokenizer, train_all=False, text_only_fails=True, chat_template=template
+    )
+    rendered = render(RowLayout().parse(row))
     assert [rendered.text[start:stop] for start, stop in rendered.spans] == parts
 
 
 def test_a_template_that_drops_the_words_is_refused(tokenizer):
     template = (SHIPPED / "smolvlm.jinja").read_text()  # wants content in parts
-    render = Renderer(tokenizer, train_all=False, text_only_fails=True, chat_template=template)
+    render = ExampleRenderer(
+        tokenizer, train_all=False, text_only_fails=True, chat_template=template
+    )
     with pytest.raises(BadRow, match="leaves out what turn 1 says"):
-        render(Layout().parse({"prompt": "One?", "completion": "1"}))
+        render(RowLayout().parse({"prompt": "One?", "completion": "1"}))
 
 
 @pytest.mark.parametrize("template", [None, CHATML])

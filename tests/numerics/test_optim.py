@@ -13,7 +13,7 @@ from transformers import get_scheduler
 from rayft.config.run import ModelSpec, OptimSpec, TrainSpec
 from rayft.config.strategies import DdpSpec
 from rayft.core.batch import Batch
-from rayft.core.protocols import Group
+from rayft.core.protocols import ParamGroup
 from rayft.strategies import build
 from rayft.strategies.optim import (
     adam_state,
@@ -57,7 +57,7 @@ def test_linear_ends_at_its_floor() -> None:
 
 def test_group_rates_follow_their_ratio() -> None:
     a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
-    groups = [Group("lora_A", (a,)), Group("lora_B", (b,), lr_ratio=16.0, decay=False)]
+    groups = [ParamGroup("lora_A", (a,)), ParamGroup("lora_B", (b,), lr_ratio=16.0, decay=False)]
     optimizer = build_optimizer(groups, OptimSpec(lr=1e-4, weight_decay=0.1))
     assert_groups(optimizer, groups, 1e-4)
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
@@ -73,9 +73,9 @@ def test_broken_groups_are_internal_errors() -> None:
     weight = nn.Parameter(torch.zeros(2))
     frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
     for groups in (
-        [Group("a", (weight,)), Group("b", (weight,))],
-        [Group("a", (weight,)), Group("a", (nn.Parameter(torch.zeros(1)),))],
-        [Group("a", (frozen,))],
+        [ParamGroup("a", (weight,)), ParamGroup("b", (weight,))],
+        [ParamGroup("a", (weight,)), ParamGroup("a", (nn.Parameter(torch.zeros(1)),))],
+        [ParamGroup("a", (frozen,))],
         [],
     ):
         with pytest.raises(RuntimeError):
@@ -84,7 +84,7 @@ def test_broken_groups_are_internal_errors() -> None:
 
 def test_fresh_adam_state_is_what_torch_makes() -> None:
     weight = nn.Parameter(torch.randn(3, 2))
-    optimizer = build_optimizer([Group("w", (weight,))], OptimSpec())
+    optimizer = build_optimizer([ParamGroup("w", (weight,))], OptimSpec())
     made = copy.deepcopy(adam_state(optimizer, weight))
     twin = nn.Parameter(weight.detach().clone())
     other = torch.optim.AdamW([twin], lr=1e-3)
@@ -129,7 +129,7 @@ def test_8bit_adamw_trains_and_resumes_bit_exact(kind: str) -> None:
 
     def engine():
         step = Wide()
-        groups = [Group("decay", (step.weight,))]
+        groups = [ParamGroup("decay", (step.weight,))]
         strategy = build(DdpSpec(), optim, train, model, micro_batch=4, device=CPU)
         return strategy.prepare(step, groups)
 

@@ -12,7 +12,7 @@ from rayft.compose.data import open_corpus
 from rayft.compose.execute import stepper_of
 from rayft.models.load import load_model
 from rayft.strategies.optim import param_groups
-from rayft.trials.stepping import optimize
+from rayft.trials.step import step_trials
 from tests.packs import CPU, Lab, finish, losses
 
 LORA, DORA, DROP = "methods.0.rank", "methods.0.dora=true", "methods.0.dropout"
@@ -93,7 +93,7 @@ def test_in_float64_with_sgd_nothing_differs(tmp_path, monkeypatch):
     # the solo runs share this process: each gets its own generator state back for its step
     states = [slot.generators.cpu.get_state() for slot in slots]
     for step in range(1, 51):
-        found = optimize(pack._model, slots)
+        found = step_trials(pack._model, slots)
         for index, slot in enumerate(slots):
             torch.set_rng_state(states[index])
             solo = steppers[index].run(step, False)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rayft.core.batch import IGNORE, Batch
 from rayft.data.collate import collate
 from rayft.data.stream import TrainStream
-from rayft.data.table import Counts, TokenTable
+from rayft.data.table import TableCounts, TokenTable
 
 VOCAB = 64
 
@@ -23,7 +23,9 @@ def table(documents=24, longest=30) -> TokenTable:
     ids = rng.integers(1, VOCAB, offsets[-1]).astype(np.int32)
     zeros = np.zeros(documents, np.int32)
     mask = rng.random(len(ids)) < 0.7
-    return TokenTable(ids, mask, offsets, zeros, np.arange(documents), zeros, ("s",), (Counts(),))
+    return TokenTable(
+        ids, mask, offsets, zeros, np.arange(documents), zeros, ("s",), (TableCounts(),)
+    )
 
 
 def model() -> LlamaForCausalLM:

@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rayft.compose.commit import find_commit
+from rayft.checkpoint.reader import find_commit
 from rayft.compose.data import open_corpus, prepare_data
 from rayft.compose.execute import execute
-from rayft.compose.job import Job
+from rayft.compose.job import AttemptJob
 from rayft.config.load import load
 from rayft.config.run import Run
-from rayft.core.record import RunRecord
-from rayft.core.series import read_series
-from rayft.core.storage import Storage
 from rayft.data.packing import pack
+from rayft.records.run_record import RunRecord
+from rayft.records.series import read_series
+from rayft.storage.folder import Storage
 
 DOCUMENTS, STEPS, LR = 12, 20, 1e-3
 METHODS = {
@@ -124,7 +124,7 @@ def train_one(rank: int, world: int, run: Run, stop_at: int = STEPS + 1) -> None
         home = Storage.open(run.storage).child(run.name)
         home.write_text("run.json", record.to_json())
     attempt = f"{3 - world}a"  # two workers come first
-    job = Job(run.resolved(), run.digest(), attempt, ready.uri, ready.hash)
+    job = AttemptJob(run.resolved(), run.digest(), attempt, ready.uri, ready.hash)
     outcome = execute(job, rank, world, torch.device("cpu"), Silent(stop_at))
     assert outcome.status == ("done" if stop_at > STEPS else "interrupted")
 

@@ -12,23 +12,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from rayft.checkpoint.folders import names, order
+from rayft.checkpoint.reader import find_commit
 from rayft.compose.assemble import assemble
-from rayft.compose.commit import find_commit
 from rayft.compose.data import open_corpus, prepare_data
-from rayft.compose.folders import names, order
-from rayft.compose.job import Job
+from rayft.compose.job import AttemptJob
 from rayft.compose.offline import evaluate_run
 from rayft.compose.publish import choose_commit, publish
-from rayft.compose.session import Session
+from rayft.compose.session import RunSession
 from rayft.config.load import load
 from rayft.config.run import Run
 from rayft.core.errors import ConfigError, RayftError, StorageError
-from rayft.core.jsonl import read_jsonl
-from rayft.core.lease import LEASE, RENEW, Holder, Lease, LeaseWatch
-from rayft.core.record import Best, RunRecord
-from rayft.core.storage import Storage
 from rayft.models.chunked import LogitMap
-from rayft.runtime.train import train
+from rayft.records.run_record import BestEvaluation, RunRecord
+from rayft.storage.folder import Storage
+from rayft.storage.jsonl import read_jsonl
+from rayft.storage.lease import LEASE, RENEW, Lease, LeaseHolder, LeaseWatch
+from rayft.training.driver import train
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ class Heard:
 def test_who_was_superseded_while_it_stood_still_writes_no_metrics(tmp_path, monkeypatch, ended):
     """A suspended driver wakes in the middle of a step; so may a worker whose driver is gone."""
     home = Storage.open(str(tmp_path)).child("small")
-    monkeypatch.setattr("rayft.core.lease.SETTLE", 0.0)
+    monkeypatch.setattr("rayft.storage.lease.SETTLE", 0.0)
     with Lease.held(home) as lease:
         made = session(tmp_path)
         made.lease = LeaseWatch(made.storage, lease.id)
@@ -71,7 +71,7 @@ def test_who_was_superseded_while_it_stood_still_writes_no_metrics(tmp_path, mon
         if ended:  # the other one has the run, or has had it
             home.delete(LEASE)
         else:
-            home.write_text(LEASE, json.dumps(asdict(Holder.here())))
+            home.write_text(LEASE, json.dumps(asdict(LeaseHolder.here())))
         made.evaluate(1)  # it has just looked
         made.lease.looked -= 2 * RENEW  # as if it had stood still since
         with pytest.raises(RayftError, match="was deleted" if ended else "another driver took"):
@@ -80,7 +80,7 @@ def test_who_was_superseded_while_it_stood_still_writes_no_metrics(tmp_path, mon
     assert [row["step"] for row in read_jsonl(home, "metrics.jsonl")] == [0, 1]
 
 
-def session(folder: Path, *changes: str) -> Session:
+def session(folder: Path, *changes: str) -> RunSession:
     """A session of a small run, before its first step."""
     source = {"path": "builtin:docstrings", "samples": 4}
     base = {
@@ -93,12 +93,12 @@ def session(folder: Path, *changes: str) -> Session:
     run = load(base, changes)
     ready = prepare_data(run, lambda function, items: [function(item) for item in items])
     parts = assemble(run, open_corpus(run, ready.uri, ready.hash), CPU)
-    job = Job(run.resolved(), run.digest(), "1a", ready.uri, ready.hash)
+    job = AttemptJob(run.resolved(), run.digest(), "1a", ready.uri, ready.hash)
     home = Storage.open(run.storage).child(run.name)
-    return Session(job, parts, home, Heard(), 0.0)
+    return RunSession(job, parts, home, Heard(), 0.0)
 
 
-def evaluated(one: Session, step: int, loss: float, monkeypatch) -> bool:
+def evaluated(one: RunSession, step: int, loss: float, monkeypatch) -> bool:
     """Whether `one` takes this held-out loss for the best so far."""
     found = {"eval_loss": loss, "eval_ppl": loss, "eval_tokens": 1.0}
     monkeypatch.setattr("rayft.compose.session.evaluate", lambda *_: found)
@@ -121,7 +121,7 @@ def test_an_export_tells_the_numbers_of_its_own_step(tmp_path, monkeypatch):
         one.progress.step, one.progress.tokens = step, 10 * step
         one.save(step, evaluated(one, step, loss, monkeypatch))
     one.finish()
-    best = Best(**one.progress.best)
+    best = BestEvaluation(**one.progress.best)
     record = RunRecord(
         "small", "done", one.parts.run.resolved(), "", eval={"eval_loss": 3.0}, best=best, steps=4
     )

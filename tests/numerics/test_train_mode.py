@@ -15,13 +15,13 @@ import torch.distributed as dist
 from rayft.compose.assemble import assemble
 from rayft.compose.data import open_corpus, prepare_data
 from rayft.compose.execute import execute
-from rayft.compose.job import Job, Prepared
+from rayft.compose.job import AttemptJob, PreparedData
 from rayft.config.load import load
 from rayft.config.run import Run
-from rayft.core.jsonl import read_jsonl
-from rayft.core.record import RunRecord
-from rayft.core.series import read_series
-from rayft.core.storage import Storage
+from rayft.records.run_record import RunRecord
+from rayft.records.series import read_series
+from rayft.storage.folder import Storage
+from rayft.storage.jsonl import read_jsonl
 
 STEPS = 4
 
@@ -67,7 +67,7 @@ def a_run(folder: Path, name: str, *changes: str) -> Run:
     return load(base, changes)
 
 
-def prepared(run: Run) -> Prepared:
+def prepared(run: Run) -> PreparedData:
     return prepare_data(run, lambda function, items: [function(item) for item in items])
 
 
@@ -77,7 +77,7 @@ def losses(run: Run, *attempts: Stopping) -> list[float]:
     record = RunRecord(run.name, "running", run.resolved(), run.digest())
     home.write_text("run.json", record.to_json())
     for number, signals in enumerate(attempts, start=1):
-        job = Job(run.resolved(), run.digest(), f"{number}a", ready.uri, ready.hash)
+        job = AttemptJob(run.resolved(), run.digest(), f"{number}a", ready.uri, ready.hash)
         execute(job, 0, 1, torch.device("cpu"), signals)
     return [row["loss"] for row in read_series(home) if row["split"] == "train"]
 

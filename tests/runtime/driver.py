@@ -8,7 +8,7 @@ import stub
 from rayft.config.run import Run
 from rayft.core import process
 from rayft.core.errors import RayftError
-from rayft.runtime.train import train
+from rayft.training.driver import train
 
 try:
     print(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rayft.compose.job import Outcome, Prepared
+from rayft.compose.job import AttemptOutcome, PreparedData
 from rayft.core.errors import DivergedError
 
 SECONDS = 0.02  # per step
@@ -24,7 +24,7 @@ def prepare(run, mapper):
     folder.mkdir(parents=True, exist_ok=True)
     assert mapper(double, [1, 2]) == [2, 4]
     total = dict(rows=4, documents=4, tokens=40, trained=20, cut=0, dropped=0, bad=0)
-    return Prepared(str(folder), "d" * 16, {"train": {"total": total}})
+    return PreparedData(str(folder), "d" * 16, {"train": {"total": total}})
 
 
 def double(value):
@@ -58,7 +58,7 @@ def execute(job, rank, world, device, signals):
         signals.progress({"kind": "step", "step": step, "loss": 1 / step, "lr": {"all": 1e-3}})
         if step % every == 0 or step == total:
             save(folder, rank, step, signals)
-    return Outcome(status, step, total, 10 * step, {"eval_loss": 1.0}, {"eval_loss": 2.0})
+    return AttemptOutcome(status, step, total, 10 * step, {"eval_loss": 1.0}, {"eval_loss": 2.0})
 
 
 def save(folder, rank, step, signals):

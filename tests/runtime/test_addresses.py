@@ -11,16 +11,16 @@ import sys
 import pytest
 
 from rayft import cli
-from rayft.compose.commit import find_commit
+from rayft.checkpoint.reader import find_commit
+from rayft.cluster.interrupt import Interrupt
 from rayft.config.run import Run
 from rayft.core.address import above, below, clean, redact, shown
 from rayft.core.errors import ConfigError
-from rayft.core.series import read_series
-from rayft.core.storage import Storage
-from rayft.runtime.best import write_config
-from rayft.runtime.interrupt import Interrupt
-from rayft.runtime.progress import view
-from rayft.runtime.train import Seat, train
+from rayft.records.series import read_series
+from rayft.storage.folder import Storage
+from rayft.sweeps.best import write_config
+from rayft.training.driver import RunContext, train
+from rayft.training.progress import view
 from tests.contracts.s3 import s3_server
 from tests.ledgers import write_sweep
 
@@ -90,8 +90,8 @@ def test_a_clone_finds_its_donor_below_an_endpoint(s3, rows, capsys):
     commit = find_commit(Storage.open(s3.format("runs/donor")))
     longer = config(s3, "r")["train"] | {"steps": 6}
     run = Run.model_validate(config(s3, "copy", train=longer))
-    seat = Seat(view(), Interrupt(), source=commit.storage.uri)
-    assert train(run, seat=seat).steps == 6
+    context = RunContext(view(), Interrupt(), source=commit.storage.uri)
+    assert train(run, context=context).steps == 6
     first = read_series(Storage.open(s3.format("runs/copy")))[0]
     assert first["step"] == 5, "it went on where its donor was"
 

@@ -11,12 +11,20 @@ from rayft.core.errors import (
     RayftError,
     StorageError,
 )
-from rayft.runtime.attempts import SAME, Attempt, GiveUp, Retry, decide, diagnosis, persevere
-from rayft.runtime.failure import Failure, WorkerFailed, caught, first, hint
+from rayft.training.attempts import (
+    SAME,
+    EndedAttempt,
+    GiveUp,
+    RetryAfter,
+    decide,
+    diagnosis,
+    run_attempts,
+)
+from rayft.training.failure import AttemptFailure, WorkerFailed, caught, first, hint
 
 
 def failure(message="boom", step=15, **more):
-    return Failure(
+    return AttemptFailure(
         **{"kind": "ValueError", "trace": "", "when": 0.0} | more, message=message, step=step
     )
 
@@ -28,40 +36,40 @@ def died(step, rank=0):
 def test_delays_double_until_the_bound_and_start_again_after_progress():
     history, delays = [], []
     for reached in (10, 10, 10, 10, 30):
-        history.append(Attempt(died(step=len(history)), reached))
+        history.append(EndedAttempt(died(step=len(history)), reached))
         delays.append(decide(history, retries=9).delay)
     assert delays == [1, 2, 4, 8, 1]
-    long = [Attempt(died(step=n), 0) for n in range(9)]
-    assert decide(long, retries=20) == Retry(60.0)
+    long = [EndedAttempt(died(step=n), 0) for n in range(9)]
+    assert decide(long, retries=20) == RetryAfter(60.0)
 
 
 @pytest.mark.parametrize("retries", [0, 1, 3])
 def test_attempts_without_progress_are_bounded(retries):
-    history = [Attempt(died(step=n), 0) for n in range(retries + 1)]
+    history = [EndedAttempt(died(step=n), 0) for n in range(retries + 1)]
     assert isinstance(decide(history, retries), GiveUp)
     if retries:
-        assert isinstance(decide(history[:-1], retries), Retry)
+        assert isinstance(decide(history[:-1], retries), RetryAfter)
 
 
 def test_a_run_that_keeps_making_progress_is_never_given_up():
-    history = [Attempt(died(step=n + 1), n) for n in range(1, 50)]
-    assert decide(history, retries=1) == Retry(1.0)
+    history = [EndedAttempt(died(step=n + 1), n) for n in range(1, 50)]
+    assert decide(history, retries=1) == RetryAfter(1.0)
 
 
 def test_the_same_error_at_the_same_step_three_times_ends_it():
-    history = [Attempt(failure(f"boom at 0x{n:x}ff"), 14) for n in range(SAME)]
-    assert isinstance(decide(history[:2], retries=9), Retry)
+    history = [EndedAttempt(failure(f"boom at 0x{n:x}ff"), 14) for n in range(SAME)]
+    assert isinstance(decide(history[:2], retries=9), RetryAfter)
     verdict = decide(history, retries=9)
     assert isinstance(verdict, GiveUp) and "same error" in verdict.reason
-    assert isinstance(decide([*history[:2], Attempt(failure(step=16), 14)], 9), Retry)
-    assert isinstance(decide([*history[:2], Attempt(failure("other"), 14)], 9), Retry)
+    assert isinstance(decide([*history[:2], EndedAttempt(failure(step=16), 14)], 9), RetryAfter)
+    assert isinstance(decide([*history[:2], EndedAttempt(failure("other"), 14)], 9), RetryAfter)
 
 
 def test_refusals_are_final_and_storage_is_tried_again():
-    final = Attempt(failure(error=DivergedError("nan")), 14)
+    final = EndedAttempt(failure(error=DivergedError("nan")), 14)
     assert isinstance(decide([final], retries=9), GiveUp)
-    again = Attempt(failure(error=StorageError("503")), 14)
-    assert isinstance(decide([again], retries=9), Retry)
+    again = EndedAttempt(failure(error=StorageError("503")), 14)
+    assert isinstance(decide([again], retries=9), RetryAfter)
 
 
 def test_the_first_failure_is_the_cause_not_what_peers_saw():
@@ -121,7 +129,7 @@ def test_persevere_waits_as_decided_and_returns_the_result():
             raise WorkerFailed(died(step=10 + number))
         return "outcome"
 
-    result = persevere(
+    result = run_attempts(
         launch,
         retries=3,
         reached=lambda: next(steps),
@@ -138,7 +146,7 @@ def test_persevere_stops_at_once_when_interrupted():
         raise InterruptedRun("now")
 
     with pytest.raises(InterruptedRun):
-        persevere(launch, retries=3, reached=lambda: 0, wait=pytest.fail,
+        run_attempts(launch, retries=3, reached=lambda: 0, wait=pytest.fail,
                   failed=lambda one, verdict: "kept", again="")  # fmt: skip
 
 
@@ -147,14 +155,14 @@ def test_persevere_raises_the_diagnosis():
         raise WorkerFailed(failure(rank=0))
 
     with pytest.raises(RayftError, match="same error at the same step"):
-        persevere(launch, retries=9, reached=lambda: 14, wait=lambda delay: None,
+        run_attempts(launch, retries=9, reached=lambda: 14, wait=lambda delay: None,
                   failed=lambda one, verdict: "kept", again="")  # fmt: skip
 
 
 def test_storage_that_refuses_for_good_is_not_tried_again():
-    for kind, verdict in ((PermanentStorageError, GiveUp), (StorageError, Retry)):
+    for kind, verdict in ((PermanentStorageError, GiveUp), (StorageError, RetryAfter)):
         own = kind("no space")
-        one = Attempt(Failure(kind.__name__, "no space", "", 0.0, error=own), 4)
+        one = EndedAttempt(AttemptFailure(kind.__name__, "no space", "", 0.0, error=own), 4)
         assert isinstance(decide([one], 3), verdict)
     told = str(diagnosis(one_permanent(), GiveUp("no"), "there", "rayft train c.yaml"))
     assert "next: mend it, then continue from the last checkpoint: rayft train c.yaml" in told
@@ -162,4 +170,4 @@ def test_storage_that_refuses_for_good_is_not_tried_again():
 
 def one_permanent():
     own = PermanentStorageError("no space", cause="the disk is full")
-    return Failure("PermanentStorageError", "no space", "", 0.0, error=own)
+    return AttemptFailure("PermanentStorageError", "no space", "", 0.0, error=own)

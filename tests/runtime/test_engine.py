@@ -10,9 +10,9 @@ import time
 import faulty
 import pytest
 
+from rayft.cluster.connect import connected
 from rayft.config.run import Run
-from rayft.runtime.cluster import connected
-from rayft.runtime.train import train
+from rayft.training.driver import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 

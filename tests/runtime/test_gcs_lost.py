@@ -10,10 +10,10 @@ import psutil
 import pytest
 from test_driver import LONG, committed, start, status, until
 
+from rayft.cluster.gcs_watch import GcsWatch, patience
+from rayft.cluster.interrupt import Interrupt
 from rayft.core.errors import ClusterLostError, InterruptedRun
 from rayft.core.process import started
-from rayft.runtime.gcs import GcsWatch, patience
-from rayft.runtime.interrupt import Interrupt
 
 __all__ = ["start"]  # a fixture
 

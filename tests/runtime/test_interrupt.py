@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
+from rayft.cluster.interrupt import SIGNALS, handling
 from rayft.core.errors import InterruptedRun
-from rayft.runtime.interrupt import SIGNALS, handling
 
 
 @pytest.fixture(autouse=True)

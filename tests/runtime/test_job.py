@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rayft.core.record import RunRecord
+from rayft.records.run_record import RunRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]

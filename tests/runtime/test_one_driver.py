@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rayft.core.lease import LEASE, Holder
+from rayft.storage.lease import LEASE, LeaseHolder
 
 pytestmark = pytest.mark.timeout(120)
 DRIVER = str(Path(__file__).parent / "driver.py")
@@ -93,7 +93,7 @@ def test_a_driver_that_was_taken_over_stops_and_writes_nothing_more(a_run, start
     first = start(run)
     until(lambda: committed(run) >= 2)
     home = Path(run.storage) / "r"
-    take_lease(home / LEASE, json.dumps(asdict(replace(Holder.here(), pid=os.getpid()))))
+    take_lease(home / LEASE, json.dumps(asdict(replace(LeaseHolder.here(), pid=os.getpid()))))
     _, said = first.communicate(timeout=60)
     assert first.returncode == 1 and f"another driver took over {home}" in said
     assert record(run)["status"] == "running"  # what the other one's record says is its business

@@ -5,9 +5,9 @@ import threading
 import pytest
 
 from rayft.core.errors import ConfigError
-from rayft.runtime import trackers
-from rayft.runtime.progress import Lines, Pace, clock, si, step_line
-from rayft.runtime.trackers import Trackers, numbers
+from rayft.training import trackers
+from rayft.training.progress import ProgressLines, StepPace, clock, si, step_line
+from rayft.training.trackers import Trackers, numbers
 
 
 class Clock:
@@ -23,7 +23,7 @@ def step(number, **more):
 
 def test_plain_lines_are_few_and_never_miss_an_event():
     time, out = Clock(), []
-    lines = Lines(out.append, time)
+    lines = ProgressLines(out.append, time)
     lines.show({"kind": "start", "step": 0, "steps": 1000})
     for number in range(1, 1001):
         time.now += 0.1  # 100 s in all
@@ -38,7 +38,7 @@ def test_plain_lines_are_few_and_never_miss_an_event():
 
 def test_fast_runs_print_first_and_last():
     time, out = Clock(), []
-    lines = Lines(out.append, time)
+    lines = ProgressLines(out.append, time)
     lines.show({"kind": "start", "step": 0, "steps": 40})
     for number in range(1, 41):
         lines.show(step(number))
@@ -47,7 +47,7 @@ def test_fast_runs_print_first_and_last():
 
 def test_the_line_has_all_that_matters():
     time = Clock()
-    pace = Pace(time)
+    pace = StepPace(time)
     pace.note({"kind": "start", "step": 99, "steps": 200})
     time.now = 3.0  # start-up and the first step say nothing about the rest
     pace.note({"kind": "step", "step": 100, "steps": 200})

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from rayft.config.load import load
-from rayft.core.record import RunRecord, SweepRecord
+from rayft.records.run_record import RunRecord, SweepRecord
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -11,10 +11,10 @@ import ray
 import stub
 from ray.util import list_named_actors, placement_group_table
 
+from rayft.cluster import preflight
+from rayft.cluster.connect import Node, _WithoutRaylet, ceiling, connected, nodes
 from rayft.core.errors import DivergedError, InfeasibleError, RayftError, StorageError
-from rayft.runtime import preflight
-from rayft.runtime.cluster import Node, _WithoutRaylet, ceiling, connected, nodes
-from rayft.runtime.train import train
+from rayft.training.driver import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -133,7 +133,7 @@ def test_an_autoscaler_makes_a_shortage_a_wait_unless_it_can_never_fit(a_run):
 
 
 def test_every_node_probes_storage(tmp_path):
-    from rayft.core.storage import Storage
+    from rayft.storage.folder import Storage
 
     preflight.storage_everywhere(Storage.open(str(tmp_path / "runs")), nodes())
     assert not list((tmp_path / "runs").iterdir())

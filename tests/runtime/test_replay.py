@@ -16,10 +16,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from rayft.config.load import load
-from rayft.core.ledger import fold
-from rayft.runtime.replay import Replayed
-from rayft.runtime.schedule import scheduler
-from rayft.runtime.trial import POINTER, SCORE, score_of
+from rayft.records.ledger import fold
+from rayft.sweeps.schedule import scheduler
+from rayft.sweeps.scheduler_replay import ReplayedScheduler
+from rayft.sweeps.trial import POINTER, SCORE, scheduler_score
 
 STEPS, EVERY = 90, 10
 SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "optim.clip": {"choice": [0.5, 1.0, 2.0]}}
@@ -75,7 +75,7 @@ class Sweep:
 
     def __init__(self, run: Any, folder: str, rows: list[dict]) -> None:
         self.run, self.rows, self.decisions = run, list(rows), []
-        self.how = Replayed(scheduler(run), run, fold(rows))
+        self.how = ReplayedScheduler(scheduler(run), run, fold(rows))
         self.controller = Controller(folder)
         self.trials: dict[str, Trial] = {}
         self.copied: set[str] = set()
@@ -111,7 +111,7 @@ class Sweep:
         self.copied.discard(name)
         standing = "diverged" if loss > 8.5 else "done" if step >= STEPS else ""
         if standing:
-            score = score_of(standing, metrics, "eval_loss", self.run.sweep.mode)
+            score = scheduler_score(standing, metrics, "eval_loss", self.run.sweep.mode)
             told = result | {"standing": standing, SCORE: score}
             self.how.on_trial_complete(self.controller, trial, told)
             self.write(name, standing, step, trial.config, **metrics, **facts)

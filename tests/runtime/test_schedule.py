@@ -5,10 +5,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
 from rayft.config.load import load
-from rayft.core.ledger import Book, fold
-from rayft.runtime.replay import Replayed
-from rayft.runtime.schedule import scheduler
-from rayft.runtime.trial import SCORE
+from rayft.records.ledger import LedgerContents, fold
+from rayft.sweeps.schedule import scheduler
+from rayft.sweeps.scheduler_replay import ReplayedScheduler
+from rayft.sweeps.trial import SCORE
 
 
 class Controller:
@@ -39,9 +39,9 @@ def lines(trial: str, *losses: float, status: str = "stopped", **facts):
     return [*told, base | {"status": status, "step": 10 * len(losses)}]
 
 
-def verdict(run, book: Book, *losses: float) -> str:
+def verdict(run, book: LedgerContents, *losses: float) -> str:
     """On a new trial, at its last report."""
-    how = Replayed(scheduler(run), run, book)
+    how = ReplayedScheduler(scheduler(run), run, book)
     trial = Trial("x", stub=True, trial_name_creator=lambda _: "fresh")
     how.on_trial_add(Controller(), trial)
     said = [
@@ -60,7 +60,7 @@ PAST = fold(
 @pytest.mark.parametrize("kind", ["asha", "median"])
 def test_a_bad_trial_is_stopped_as_if_the_sweep_had_never_been_cut_off(kind):
     run = swept(kind)
-    assert verdict(run, Book(), 9.0) == TrialScheduler.CONTINUE
+    assert verdict(run, LedgerContents(), 9.0) == TrialScheduler.CONTINUE
     assert verdict(run, PAST, 9.0) == TrialScheduler.STOP
     assert verdict(run, PAST, 2.0, 1.9, 1.8) == TrialScheduler.CONTINUE
 

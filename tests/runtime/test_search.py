@@ -13,14 +13,14 @@ import pytest
 import ray
 from ray import tune
 
+from rayft.cluster.connect import connected
 from rayft.config.load import load
 from rayft.config.space import applied, combination, params_of
 from rayft.config.sweep import Domain
 from rayft.core.errors import ConfigError
-from rayft.core.ledger import Book, fold
-from rayft.runtime.cluster import connected
-from rayft.runtime.draws import picks_of
-from rayft.runtime.search import Fixed, Search
+from rayft.records.ledger import LedgerContents, fold
+from rayft.search.samplers import picks_of
+from rayft.search.searcher import FixedSearcher, SpaceSearcher
 
 RANGE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
 FINITE = {"methods.0.rank": {"choice": [4, 8, 16]}, "methods.0.alpha": {"choice": [8, 16]}}
@@ -74,7 +74,7 @@ def suggested(search, count=99):
 def test_trials_are_numbered_valid_and_follow_from_the_seed(kind):
     space = RANGE | PAIR | {"methods.0.rank": {"int": [2, 5]}, "optim.eps": {"uniform": [0.1, 1]}}
     run = swept(space, search=kind, trials=12)
-    found = suggested(Search(run, Book()))
+    found = suggested(SpaceSearcher(run, LedgerContents()))
     assert list(found) == [f"t{n:04d}" for n in range(1, 13)]
     for name, params in found.items():
         assert set(params) == set(run.sweep.paths())
@@ -82,18 +82,21 @@ def test_trials_are_numbered_valid_and_follow_from_the_seed(kind):
         assert 1e-5 <= trial.optim.lr <= 1e-2 and 2 <= trial.methods[0].rank <= 5
         assert (trial.optim.clip is None) == (trial.optim.betas[1] == 0.95)
     assert len({params["optim.lr"] for params in found.values()}) == 12
-    assert suggested(Search(run, Book())) == found
-    assert suggested(Search(swept(space, seed=1, search=kind, trials=12), Book())) != found
+    assert suggested(SpaceSearcher(run, LedgerContents())) == found
+    assert (
+        suggested(SpaceSearcher(swept(space, seed=1, search=kind, trials=12), LedgerContents()))
+        != found
+    )
 
 
 def test_a_grid_is_every_valid_combination_once_in_order():
     run = swept(FINITE, search="grid", trials=None)
-    found = list(suggested(Search(run, Book())).values())
+    found = list(suggested(SpaceSearcher(run, LedgerContents())).values())
     ranks = [(params["methods.0.rank"], params["methods.0.alpha"]) for params in found]
     assert ranks == [(4, 8), (4, 16), (8, 8), (8, 16), (16, 8), (16, 16)]
 
     refused = {"methods": {"choice": ["full", "lora"]}, "model.quant": {"choice": ["none", "nf4"]}}
-    search = Search(swept(refused, search="grid", trials=None), Book())
+    search = SpaceSearcher(swept(refused, search="grid", trials=None), LedgerContents())
     assert [tuple(params.values()) for params in suggested(search).values()] == [
         ("full", "none"), ("lora", "none"), ("lora", "nf4"),
     ]  # fmt: skip
@@ -102,24 +105,28 @@ def test_a_grid_is_every_valid_combination_once_in_order():
 
 @pytest.mark.parametrize("kind", ["optuna", "random"])
 def test_a_finite_space_is_never_repeated_and_ends(kind):
-    search = Search(swept(FINITE, search=kind, trials=50), Book())
+    search = SpaceSearcher(swept(FINITE, search=kind, trials=50), LedgerContents())
     found = list(suggested(search).values())
     assert len(found) == 6 == len({json.dumps(params) for params in found})
     assert search.exhausted
-    assert not Search(swept(FINITE, search=kind, trials=3), Book()).exhausted
+    assert not SpaceSearcher(swept(FINITE, search=kind, trials=3), LedgerContents()).exhausted
 
 
 @pytest.mark.parametrize("kind", ["optuna", "random"])
 def test_one_free_combination_among_many_is_found(kind):
     run = swept({"seed": {"int": [0, 999]}}, search=kind, trials=1000)
     taken = [line(f"t{n:04d}", "done", 90, {"seed": n}, eval_loss=3.0) for n in range(1, 1000)]
-    search = Search(run, fold(taken))
+    search = SpaceSearcher(run, fold(taken))
     assert suggested(search) == {"t1000": {"seed": 0}}
 
 
 def test_random_goes_through_grids_and_draws_the_rest():
     space = RANGE | {"methods.0.rank": {"grid": [4, 8]}, "seed": {"grid": [1, 2, 3]}}
-    found = list(suggested(Search(swept(space, search="random", trials=12), Book())).values())
+    found = list(
+        suggested(
+            SpaceSearcher(swept(space, search="random", trials=12), LedgerContents())
+        ).values()
+    )
     pairs = [(params["methods.0.rank"], params["seed"]) for params in found]
     assert sorted(pairs[:6]) == [(4, 1), (4, 2), (4, 3), (8, 1), (8, 2), (8, 3)]
     assert pairs[6:] == pairs[:6]
@@ -131,13 +138,13 @@ def test_what_makes_no_valid_config_is_drawn_again_and_not_for_ever(kind):
     mixed = RANGE | {"methods": {"choice": ["full", "lora"]}}
     run = swept(mixed, search=kind, trials=10)
     run = run.model_copy(update={"model": run.model.model_copy(update={"quant": "nf4"})})
-    found = suggested(Search(run, Book()))
+    found = suggested(SpaceSearcher(run, LedgerContents()))
     assert [params["methods"] for params in found.values()] == ["lora"] * 10
 
     run = swept(RANGE | {"methods": {"choice": ["full"]}}, search=kind)
     run = run.model_copy(update={"model": run.model.model_copy(update={"quant": "nf4"})})
     with pytest.raises(ConfigError, match="in a row made no valid config.*full fine-tuning"):
-        Search(run, Book()).suggest("a")
+        SpaceSearcher(run, LedgerContents()).suggest("a")
 
 
 def test_listed_values_keep_their_types():
@@ -170,7 +177,7 @@ def test_unfinished_trials_come_first_with_their_own_ids_and_params():
         line("t0001-s1", "running", 5, {"optim.lr": 1e-4, "seed": 1}, origin="t0001"),
     ]
     for kind in ("optuna", "random"):
-        found = suggested(Search(swept(RANGE, search=kind, trials=6), fold(rows)))
+        found = suggested(SpaceSearcher(swept(RANGE, search=kind, trials=6), fold(rows)))
         assert list(found) == ["t0002", "t0004", "t0003", "t0005", "t0006"]
         assert found["t0002"] == {"optim.lr": 2e-4} and found["t0004"] == {"optim.lr": 4e-4}
 
@@ -179,17 +186,17 @@ def test_unfinished_trials_come_first_with_their_own_ids_and_params():
 def test_a_continued_sweep_draws_what_it_would_have_drawn(kind):
     space = FINITE if kind == "grid" else RANGE
     run = swept(space, search=kind, trials=6)
-    whole = suggested(Search(run, Book()))
+    whole = suggested(SpaceSearcher(run, LedgerContents()))
     rows = [line(name, "done", 90, whole[name], eval_loss=3.0) for name in ("t0001", "t0004")]
-    rest = suggested(Search(run, fold(rows)))
+    rest = suggested(SpaceSearcher(run, fold(rows)))
     assert rest == {name: whole[name] for name in ("t0002", "t0003", "t0005", "t0006")}
 
 
 def test_a_continued_optuna_draws_nothing_twice():
     run = swept(RANGE, trials=30, search={"kind": "optuna", "startup": 50})
-    whole = suggested(Search(run, Book()), 10)
+    whole = suggested(SpaceSearcher(run, LedgerContents()), 10)
     rows = [line(n, "done", 90, params, eval_loss=loss_of(params)) for n, params in whole.items()]
-    rest = suggested(Search(run, fold(rows)))
+    rest = suggested(SpaceSearcher(run, fold(rows)))
     assert len(rest) == 20
     assert not {p["optim.lr"] for p in rest.values()} & {p["optim.lr"] for p in whole.values()}
 
@@ -199,7 +206,7 @@ def test_optuna_uses_the_past():
     lrs = [10 ** (-5 + 3 * n / 19) for n in range(20)]
 
     def distance(book):
-        search = Search(swept(RANGE, trials=40), book)
+        search = SpaceSearcher(swept(RANGE, trials=40), book)
         drawn = []
         for index in range(20):
             params = search.suggest(f"tune-{index}")
@@ -210,7 +217,7 @@ def test_optuna_uses_the_past():
             )
         return sorted(drawn[:8])[4]
 
-    assert distance(fold(finished(lrs))) < 0.35 < distance(Book())
+    assert distance(fold(finished(lrs))) < 0.35 < distance(LedgerContents())
 
 
 @pytest.mark.parametrize("standing", ["diverged", "stopped", "failed"])
@@ -233,9 +240,11 @@ def test_where_trials_go_wrong_optuna_goes_no_more(standing):
                 )
             )  # fmt: skip
         run = swept(RANGE, trials=60)
-        search = Search(run, Book() if live else fold(rows))
+        search = SpaceSearcher(run, LedgerContents() if live else fold(rows))
         if live:  # the same, told one after another by Tune
-            search = Search(run, fold([row | {"status": "running", "step": 0} for row in rows]))
+            search = SpaceSearcher(
+                run, fold([row | {"status": "running", "step": 0} for row in rows])
+            )
             for index, row in enumerate(rows):
                 assert search.suggest(f"old-{index}") == row["params"]
             for index, row in enumerate(rows):
@@ -254,7 +263,7 @@ def test_where_trials_go_wrong_optuna_goes_no_more(standing):
 
 
 def test_a_sweep_that_only_diverges_goes_on():
-    search = Search(swept(RANGE, trials=15), Book())
+    search = SpaceSearcher(swept(RANGE, trials=15), LedgerContents())
     for index in range(15):
         assert search.suggest(f"a{index}") != search.FINISHED
         search.on_trial_result(f"a{index}", {"eval_loss": math.nan, "step": 10})
@@ -263,7 +272,7 @@ def test_a_sweep_that_only_diverges_goes_on():
 
 
 def test_errors_and_trials_without_a_word_block_nothing():
-    search = Search(swept(RANGE, trials=4), Book())
+    search = SpaceSearcher(swept(RANGE, trials=4), LedgerContents())
     for index in range(4):
         search.suggest(f"a{index}")
     search.on_trial_complete("a0", error=True)
@@ -276,25 +285,25 @@ def test_errors_and_trials_without_a_word_block_nothing():
 def test_max_is_better_when_mode_says_so():
     lrs = [10 ** (-5 + 3 * n / 19) for n in range(20)]
     run = swept(RANGE, trials=40, mode="max")
-    found = suggested(Search(run, fold(finished(lrs))))
+    found = suggested(SpaceSearcher(run, fold(finished(lrs))))
     near = sum(loss_of(params) - 3 < 0.5 for params in found.values())
     assert near < 6  # the worst of the bowl is what is wanted
 
 
 def test_given_trials():
-    search = Fixed({"t0003-s1": {"seed": 1}, "t0003-s2": {"seed": 2}})
+    search = FixedSearcher({"t0003-s1": {"seed": 1}, "t0003-s2": {"seed": 2}})
     assert suggested(search) == {"t0003-s1": {"seed": 1}, "t0003-s2": {"seed": 2}}
     search.on_trial_complete("tune-0", {"eval_loss": 1.0})
 
 
 def test_the_searcher_travels_and_needs_no_torch():
-    search = Search(swept(RANGE), Book())
+    search = SpaceSearcher(swept(RANGE), LedgerContents())
     search.suggest("a")
     for again in (pickle.loads(pickle.dumps(search)), copy.deepcopy(search)):
         assert again.name_of("a") == "t0001" and again.suggest("b") == search.suggest("b")
-        search = Search(swept(RANGE), Book())
+        search = SpaceSearcher(swept(RANGE), LedgerContents())
         search.suggest("a")
-    code = "import sys, rayft.runtime.search; sys.exit('torch' in sys.modules)"
+    code = "import sys, rayft.search.searcher; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
@@ -346,7 +355,7 @@ def test_under_ray_tune_names_are_ours_and_none_is_lost(quiet, tmp_path, monkeyp
         line("t0002", "running", 0, {"optim.lr": 3.5e-4}),  # raises
         line("t0003", "running", 0, {"optim.lr": 9e-3}),  # diverges
     ]
-    search = Search(swept(RANGE, trials=12), fold(rows))
+    search = SpaceSearcher(swept(RANGE, trials=12), fold(rows))
     before = signal.getsignal(signal.SIGTERM)
     with connected():
         place = tune.PlacementGroupFactory(

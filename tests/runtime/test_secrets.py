@@ -15,13 +15,13 @@ import pytest
 from pyarrow.fs import FileSelector
 
 from rayft import cli
+from rayft.cluster.driver_context import DriverContext, passed_on
 from rayft.compose import execute as engine
 from rayft.config.run import Run
 from rayft.core import address
 from rayft.core.errors import ConfigError, RayftError
-from rayft.core.remote import connect
-from rayft.runtime.driver_context import DriverContext, passed_on
-from rayft.runtime.train import train
+from rayft.storage.remote import connect
+from rayft.training.driver import train
 from tests.contracts.s3 import guarded_s3
 
 

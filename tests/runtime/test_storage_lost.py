@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from rayft import cli
+from rayft.checkpoint.writer import REFUSED
 from rayft.compose import execute as engine
-from rayft.compose.checkpoint import REFUSED
-from rayft.compose.job import Outcome
+from rayft.compose.job import AttemptOutcome
 from rayft.config.run import Run
-from rayft.core import lease
 from rayft.core.errors import PermanentStorageError
-from rayft.runtime.train import train
+from rayft.storage import lease
+from rayft.training.driver import train
 from tests.contracts.disks import fill, mounted, small_disk
 from tests.contracts.s3 import s3_server
 
@@ -105,7 +105,7 @@ def test_a_lease_in_a_folder_that_vanished_is_no_takeover(tmp_path, monkeypatch)
         while not signals.stop_requested():
             assert time.monotonic() < end, "nobody noticed"
             time.sleep(0.01)
-        return Outcome("interrupted", 0, 60, 0)
+        return AttemptOutcome("interrupted", 0, 60, 0)
 
     with pytest.raises(PermanentStorageError, match="runs/r is gone") as caught:
         train(run, engine=execute)
@@ -193,7 +193,7 @@ def test_a_disk_that_cannot_be_written_is_exit_6_before_ray(tmp_path, capsys):
 def test_no_permission_is_exit_6_before_ray(tmp_path):
     """As another user, for whom permissions count: root may write anywhere."""
     code = (
-        "import os, sys; from rayft.runtime.train import train; from rayft.config.run import Run;"
+        "import os, sys; from rayft.training.driver import train; from rayft.config.run import Run;"
         "run = Run.model_validate_json(sys.argv[1]);"
         "os.getuid() or os.seteuid(65534);"
         "from rayft.core.errors import RayftError\n"

@@ -15,17 +15,17 @@ import psutil
 import pytest
 from test_one_driver import take_lease
 
+from rayft.cluster.connect import connected
 from rayft.compose.offline import evaluate_run
 from rayft.config.load import load
-from rayft.core import lease
 from rayft.core.errors import DivergedError, InUseError, RayftError
-from rayft.core.ledger import read_ledger
-from rayft.core.record import RunRecord, SweepRecord
-from rayft.core.storage import Storage
-from rayft.runtime.cluster import connected
-from rayft.runtime.sweep import sweep
-from rayft.runtime.sweepbook import SweepBook
-from rayft.runtime.train import train
+from rayft.records.ledger import read_ledger
+from rayft.records.run_record import RunRecord, SweepRecord
+from rayft.storage import lease
+from rayft.storage.folder import Storage
+from rayft.sweeps.driver import sweep
+from rayft.sweeps.state import SweepState
+from rayft.training.driver import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -192,7 +192,7 @@ def test_what_kills_a_pack_does_not_kill_the_sweep(tmp_path):
         while not any(len(steps) for steps in told(tmp_path).values()):
             time.sleep(0.2)
         for process in psutil.Process().children(recursive=True):
-            if "PackHost" in " ".join(process.cmdline()):
+            if "PackActor" in " ".join(process.cmdline()):
                 killed.append(process.pid)
                 process.send_signal(signal.SIGKILL)
                 return
@@ -259,7 +259,7 @@ def test_a_driver_without_its_lease_writes_nothing_more(tmp_path, monkeypatch, t
         """Once a trial has reported."""
         while not any(told(tmp_path).values()):
             time.sleep(0.05)
-        take_lease(file, json.dumps(asdict(lease.Holder.here())) if taken else None)
+        take_lease(file, json.dumps(asdict(lease.LeaseHolder.here())) if taken else None)
 
     thread = threading.Thread(target=lose, daemon=True)
     thread.start()
@@ -271,7 +271,7 @@ def test_a_driver_without_its_lease_writes_nothing_more(tmp_path, monkeypatch, t
         InUseError if taken else RayftError
     )
     end = time.monotonic() + 20
-    while any("PackHost" in " ".join(p.cmdline()) for p in living()):
+    while any("PackActor" in " ".join(p.cmdline()) for p in living()):
         assert time.monotonic() < end, "a host still lives"
         time.sleep(0.1)
     seen = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
@@ -342,8 +342,8 @@ def test_a_signal_ends_with_75_and_nothing_is_lost(tmp_path):
 def test_a_limit_of_time_ends_a_sweep_and_the_winner_is_trained_in_full(tmp_path, monkeypatch):
     """The search stops at once; what was found is refitted as a Ray Train run for train.steps."""
     # The clock jumps once a trial is over: on a machine of any speed that is in the middle.
-    passed = property(lambda book: 99.0 * any(t.over for t in book.book.trials.values()))
-    monkeypatch.setattr(SweepBook, "seconds", passed)
+    passed = property(lambda book: 99.0 * any(t.over for t in book.ledger.trials.values()))
+    monkeypatch.setattr(SweepState, "seconds", passed)
     block = {"trials": 1000, "max_seconds": 40, "steps": 6, "refit": True, "scheduler": "none"}
     short = BASE["train"] | {"steps": 8, "eval_every": 2}
     record = sweep(load(config(tmp_path, block, train=short)))

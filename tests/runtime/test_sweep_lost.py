@@ -13,14 +13,14 @@ from test_driver import free_port, until
 from test_sweep import BASE, config, home, started, told
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rayft.cluster.connect import connected
 from rayft.compose.data import prepare_data
 from rayft.config.load import load
 from rayft.core.errors import ClusterLostError
-from rayft.core.ledger import read_ledger
-from rayft.core.record import SweepRecord
-from rayft.runtime.cluster import connected
-from rayft.runtime.own import OwnSeat
-from rayft.runtime.sweep import sweep
+from rayft.hosts.train_run import TrainRun
+from rayft.records.ledger import read_ledger
+from rayft.records.run_record import SweepRecord
+from rayft.sweeps.driver import sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 
@@ -103,7 +103,7 @@ def test_a_lost_placer_fails_no_trial(ray_here, tmp_path):
 
     def kill():
         until(lambda: any(told(tmp_path).values()), 200)
-        name = next(n for n in list_named_actors() if n.startswith("rayft-s-desk"))
+        name = next(n for n in list_named_actors() if n.startswith("rayft-s-placer"))
         ray.kill(ray.get_actor(name))
         killed.append(name)
 
@@ -129,7 +129,7 @@ def break_once():
     def broken(*_):
         raise RuntimeError("broken on purpose")
 
-    pack.optimize = broken
+    pack.step_trials = broken
     return True
 
 
@@ -197,15 +197,15 @@ def test_a_run_of_its_own_goes_on_from_the_state_of_another(ray_here, tmp_path):
     clone = load(common | {"name": "clone", "optim": {"lr": 1e-7, "warmup": 0}})
     prepared = prepare_data(donor, lambda function, items: [function(item) for item in items])
     how = {"divergence": 9.0, "heard": 0}
-    seat = OwnSeat(donor, prepared, source=None, **how)
-    first = seat.next()
-    folder = seat.save()
-    seat.leave(keep=True)
+    train_run = TrainRun(donor, prepared, source=None, **how)
+    first = train_run.next()
+    folder = train_run.save()
+    train_run.leave(keep=True)
     assert first.step == 20 and first.metrics["eval_loss"] < 5.5
-    seat = OwnSeat(clone, prepared, source=folder, **how)
+    train_run = TrainRun(clone, prepared, source=folder, **how)
     try:
-        told = seat.next()
+        told = train_run.next()
     finally:
-        seat.leave(keep=True)
+        train_run.leave(keep=True)
     assert told.step > 20  # its own rate changes nothing: alone it would stand at 6.1
     assert told.metrics["eval_loss"] < first.metrics["eval_loss"] + 0.02

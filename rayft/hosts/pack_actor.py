@@ -1,0 +1,258 @@
+"""A pack as a Ray actor: one thread trains, an event loop answers.
+
+The thread alternates between the commands that have come in (join, leave, save) and one packed
+step, so whoever leaves or joins does so at the next step border.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from rayft.cluster.driver_context import DriverContext
+from rayft.compose.job import AttemptJob
+from rayft.core.address import redact
+from rayft.core.errors import StorageError
+from rayft.storage.folder import Storage
+from rayft.trials.types import TrialReport
+
+
+@dataclass(frozen=True)
+class PackOpening:
+    """What a host needs to open a pack: plain data."""
+
+    config: dict[str, Any]  # of any trial of this pack
+    data_dir: str
+    data_hash: str
+    slots: int
+    divergence: float
+    facts: dict[str, Any]
+
+
+@ray.remote(max_restarts=0)
+class PackActor:
+    """Holds one trials.pack.Pack at a time.
+
+    Args:
+        cpus, gpus: what Ray has given it; with them comes as large a share of the memory.
+    """
+
+    def __init__(self, driver: DriverContext, cpus: float, gpus: float) -> None:
+        driver.enter()  # a relative model path means the driver's
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._reports: dict[str, asyncio.Queue[TrialReport]] = {}
+        self._ended: dict[str, TrialReport] = {}
+        self._broken: str | None = None
+        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]]] = (
+            queue.SimpleQueue()
+        )
+        self._cpus, self._gpus = cpus, gpus
+        self._pack: Any = None
+        self._imported = 0.0  # seconds
+        threading.Thread(target=self._work, name="pack", daemon=True).start()
+
+    # ---- asked from outside
+
+    async def wait_ready(self) -> None:
+        """Return once the libraries are loaded. What is sent for `call` before that would import
+        them in a second thread meanwhile, and transformers does not survive it."""
+        await self._ask(lambda: None)
+
+    async def open(self, opening: PackOpening) -> None:
+        """Load the base and the data; a pack that was open is closed first."""
+        await self._ask(lambda: self._open(opening))
+
+    async def join(self, job: AttemptJob, source: str | None, heard: int) -> None:
+        """Admit a trial; its reports after step `heard`, up to the commit it continues from, come
+        first.
+
+        Raises:
+            NoRoom: not now. ConfigError, InfeasibleError: never.
+        """
+        name = job.config["name"]
+        self._reports[name] = asyncio.Queue()
+        self._ended.pop(name, None)
+        await self._ask(lambda: self._join(job, source, heard))
+
+    async def next(self, trial: str) -> TrialReport:
+        """The next report of a trial; its last one again and again once it is over."""
+        if trial in self._ended:
+            return self._ended[trial]
+        report = await self._reports[trial].get()
+        if report.standing != "running":
+            self._ended[trial] = report
+        return report
+
+    async def leave(self, trial: str, keep: bool) -> None:
+        """Free the slot; nothing when the trial has left already. Nothing in its folder is written
+        any more on return."""
+        try:
+            gone = await self._ask(lambda: self._leave(trial, keep))
+            if gone is not None:
+                await asyncio.wrap_future(gone)
+        finally:
+            # After all it has said: nobody may wait for a trial that says nothing more.
+            self._deliver([TrialReport(trial, 0, {}, "failed", "it was told to leave")])
+
+    async def move(self, trial: str) -> bool:
+        """Commit a trial and let it out, for another pack; whether it was still in."""
+        gone = await self._ask(lambda: self._move(trial))
+        if gone is None:
+            return False
+        try:
+            await asyncio.wrap_future(gone)
+        except StorageError as error:
+            self._deliver([TrialReport(trial, 0, {}, "lost", str(error))])
+        else:
+            self._deliver([TrialReport(trial, 0, {}, "moved")])
+        return True
+
+    async def save(self, trial: str) -> str:
+        """Commit a trial's present state; the address of its checkpoint folder."""
+        return await self._ask(lambda: self._pack.commit(trial))
+
+    async def stats(self) -> dict[str, float]:
+        """How full and how fast; {} before a pack is open. start_seconds holds what this process
+        took to load its libraries: a run of its own would too."""
+        return await self._ask(self._stats)
+
+    def _stats(self) -> dict[str, float]:
+        if self._pack is None:
+            return {}
+        found = self._pack.stats()
+        return found | {"start_seconds": found["start_seconds"] + self._imported}
+
+    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function in this warm process, between two steps."""
+        return await self._ask(lambda: function(*arguments))
+
+    async def close(self) -> None:
+        """Commit whoever is still in, and let go."""
+        await self._ask(self._close)
+
+    async def _ask(self, action: Callable[[], Any]) -> Any:
+        self._loop = asyncio.get_running_loop()
+        future = self._loop.create_future()
+        self._commands.put((action, future))
+        return await future
+
+    # ---- the training thread
+
+    def _work(self) -> None:
+        began = time.perf_counter()
+        # Packs compile nothing; bitsandbytes would load the compiler at import, for seconds.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        import torch  # slow; the actor answers meanwhile
+
+        from rayft.models.quiet import hush
+        from rayft.trials import pack  # noqa: F401  # so that opening one only loads the model
+
+        self._imported = time.perf_counter() - began
+        hush()
+        torch.set_num_threads(max(1, int(self._cpus)))
+        while True:
+            self._obey(wait=not (self._pack and self._pack.trials))
+            if self._pack and self._pack.trials:
+                self._step()
+
+    def _obey(self, wait: bool) -> None:
+        """Carry out every command that waits; with `wait`, at least one."""
+        while wait or not self._commands.empty():
+            action, future = self._commands.get()
+            wait = False
+            try:
+                self._answer(future, action(), None)
+            except Exception as error:  # belongs to whoever asked
+                self._answer(future, None, error)
+
+    def _answer(self, future: asyncio.Future, value: Any, error: Exception | None) -> None:
+        def settle() -> None:
+            if future.cancelled():
+                return
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error)
+
+        self._loop.call_soon_threadsafe(settle)
+
+    def _step(self) -> None:
+        inside = self._pack.trials
+        try:
+            reports = self._pack.step()
+        except Exception as error:  # the pack is lost; every trial in it must learn why
+            # into Ray's log of this process
+            print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
+            text = redact(f"{type(error).__name__}: {error}")
+            reports = [TrialReport(name, 0, {}, "lost", text) for name in inside]
+            self._pack = None
+        self._loop.call_soon_threadsafe(self._deliver, reports)
+
+    def _deliver(self, reports: list[TrialReport]) -> None:
+        for one in reports:
+            if one.trial in self._reports:
+                self._reports[one.trial].put_nowait(one)
+
+    def _open(self, opening: PackOpening) -> None:
+        import torch
+
+        from rayft.config.run import Run
+        from rayft.trials.memory import memory_limit
+        from rayft.trials.pack import Pack
+
+        self._close()
+        device = torch.device("cuda", 0) if self._gpus else torch.device("cpu")
+        share = min(1.0, self._gpus) if self._gpus else min(1.0, self._cpus / _cpus_here())
+        self._pack = Pack(
+            Run.model_validate(opening.config),
+            opening.data_dir,
+            opening.data_hash,
+            device,
+            slots=opening.slots,
+            memory=memory_limit(device, share),
+            facts=opening.facts,
+            divergence=opening.divergence,
+        )
+
+    def _join(self, job: AttemptJob, source: str | None, heard: int) -> None:
+        from rayft.trials.report_replay import missed_reports
+
+        step, name = self._pack.admit(job, source), job.config["name"]
+        if source is not None:
+            return  # what was said in its folder belongs to other settings
+        try:
+            reports = missed_reports(Storage.open(job.config["storage"]).child(name), heard, step)
+        except BaseException:
+            self._leave(name, keep=True).result()
+            raise
+        self._loop.call_soon_threadsafe(self._deliver, reports)
+
+    def _leave(self, trial: str, keep: bool) -> Future[None] | None:
+        inside = self._pack is not None and trial in self._pack.trials
+        return self._pack.leave(trial, keep=keep) if inside else None
+
+    def _move(self, trial: str) -> Future[None] | None:
+        inside = self._pack is not None and trial in self._pack.trials
+        return self._pack.move(trial) if inside else None
+
+    def _close(self) -> None:
+        if self._pack is not None:
+            self._pack.close()
+            self._pack = None
+
+
+def _cpus_here() -> float:
+    """CPUs that Ray shares out on this node; each pack takes its own."""
+    here = ray.get_runtime_context().get_node_id()
+    return next(node["Resources"]["CPU"] for node in ray.nodes() if node["NodeID"] == here)

@@ -1,0 +1,202 @@
+"""The packs of a sweep: their processes, who is in which, and who gets the next free slot."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from rayft.core.errors import RayftError
+from rayft.hosts.pack_actor import PackActor, PackOpening
+from rayft.hosts.placer_config import PlacerConfig
+
+STARTS = 3  # processes of one pack that die before they are ready, until no more is started
+
+
+@dataclass(eq=False)
+class PooledPack:
+    """A host process, the key of what is loaded in it, and who is in."""
+
+    name: str
+    host: Any
+    ready: bool = False  # it has a place on a node, and its libraries are loaded
+    failed: int = 0  # processes before this one that were never ready
+    key: str | None = None
+    trials: set[str] = field(default_factory=set)
+    full: bool = False  # refused for memory; until somebody leaves
+    opening: bool = False
+    moving: bool = False  # one of its trials is on its way to another pack
+    stats: dict[str, float] = field(default_factory=dict)
+
+
+class PackPool:
+    """All packs. Lives in the placer's event loop."""
+
+    def __init__(self, settings: PlacerConfig, sweep: str) -> None:
+        self._settings, self._sweep, self._slots = settings, sweep, settings.slots
+        self._changed = asyncio.Condition()
+        self._queue: list[str] = []  # trials that wait for a slot, longest first
+        self._unshared: set[str] = set()  # keys whose base no trials can share
+        self._error = ""
+        self._warming: set[asyncio.Task[None]] = set()
+        self._all = [self._new(f"pack-{index}") for index in range(settings.packs)]
+
+    def __iter__(self) -> Iterator[PooledPack]:
+        return iter(self._all)
+
+    @property
+    def waiting(self) -> int:
+        """Trials that wait for a slot."""
+        return len(self._queue)
+
+    def _new(self, name: str, failed: int = 0) -> PooledPack:
+        settings = self._settings
+        options: dict[str, Any] = {
+            "name": f"rayft-{self._sweep}-{name}-{secrets.token_hex(2)}",
+            "num_cpus": settings.cpus,
+            "max_concurrency": 1000,
+        }
+        if settings.gpus:
+            options["num_gpus"] = settings.gpus
+        if settings.environment:
+            options["runtime_env"] = {"env_vars": settings.environment}
+        host = PackActor.options(**options).remote(settings.driver, settings.cpus, settings.gpus)
+        pack = PooledPack(name, host, failed=failed)
+        task = asyncio.get_running_loop().create_task(self._warm(pack))
+        self._warming.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._warming.discard)
+        return pack
+
+    async def _warm(self, pack: PooledPack) -> None:
+        """Nobody enters before the process is there: after a lost node it may never be."""
+        try:
+            await pack.host.wait_ready.remote()
+        except ray.exceptions.RayError as error:
+            if pack not in self._all:
+                return  # it was told to go
+            self._error = str(error)
+            await self.replace(pack)
+            return
+        pack.ready = True
+        await self.notify()
+
+    # ---- places
+
+    async def slot(self, trial: str, key: str) -> PooledPack | None:
+        """Wait for a place in the emptiest pack that may take the trial; None where none ever
+        will, because its base cannot be shared.
+
+        Raises:
+            RayftError: no pack process starts any more.
+        """
+        async with self._changed:
+            self._queue.append(trial)
+            try:
+                while (pack := self._choose(key)) is None:
+                    if key in self._unshared or not (self._all or self._error):
+                        return None
+                    if not self._all:
+                        raise RayftError(f"no process for a pack starts: {self._error}")
+                    await self._changed.wait()  # wakes in the order of waiting
+            finally:
+                self._queue.remove(trial)
+            pack.trials.add(trial)
+            return pack
+
+    def _choose(self, key: str) -> PooledPack | None:
+        if key in self._unshared:
+            return None
+        ready = [pack for pack in self._all if pack.ready]
+        fit = [p for p in ready if p.key == key and len(p.trials) < self._slots and not p.full]
+        # An empty one of another kind is as good as a new one: only its base has to be loaded.
+        empty = [pack for pack in ready if not pack.trials]
+        candidates = sorted(fit, key=lambda pack: len(pack.trials))
+        fresh = [pack for pack in empty if pack.key is None] or empty
+        if candidates and (not candidates[0].trials or not fresh):
+            return candidates[0]
+        return fresh[0] if fresh else None
+
+    async def open(self, pack: PooledPack, key: str, opening: PackOpening) -> None:
+        """Load the base for trials of this key; whoever comes meanwhile waits for it. Raises what
+        the host does."""
+        async with self._changed:
+            while pack.opening:
+                await self._changed.wait()
+        if pack.key == key:
+            return
+        pack.key, pack.opening = key, True
+        try:
+            await pack.host.open.remote(opening)
+        except ray.exceptions.RayError:
+            pack.key = None
+            raise
+        finally:
+            pack.opening = False
+            await self.notify()
+
+    async def left(self, pack: PooledPack, trial: str) -> None:
+        """The trial's place is free."""
+        pack.trials.discard(trial)
+        pack.full = False
+        await self.notify()
+
+    async def notify(self) -> None:
+        """Whoever waits looks again."""
+        async with self._changed:
+            self._changed.notify_all()
+
+    # ---- packs come and go
+
+    async def replace(self, pack: PooledPack) -> None:
+        """A new process for one that broke."""
+        ray.kill(pack.host)  # it may be alive, and hold a GPU's memory
+        if pack in self._all:
+            failed = 0 if pack.ready else pack.failed + 1
+            next_one = [self._new(pack.name, failed)] if failed < STARTS else []
+            index = self._all.index(pack)
+            self._all[index : index + 1] = next_one
+        await self.notify()
+
+    def halve_slots(self) -> None:
+        """Half as many trials in a pack from now on: one ran out of memory all the same."""
+        self._slots = max(1, self._slots // 2)
+
+    async def unshare(self, key: str) -> int:
+        """No trials of this key can share their base: the packs that are empty leave the cluster to
+        runs of their own; how many went."""
+        self._unshared.add(key)
+        gone = [pack for pack in self._all if not pack.trials]
+        self._all = [pack for pack in self._all if pack.trials]
+        for pack in gone:
+            ray.kill(pack.host)
+        await self.notify()
+        return len(gone)
+
+    async def rebalance(self) -> str:
+        """When nobody waits and a pack has nothing to do, it gets a trial of the fullest one: at
+        the end of a sweep the last trials must not share one core while the others idle.
+
+        Returns:
+            The trial that has left its pack and will enter again; "" when none has.
+        """
+        idle = [pack for pack in self._all if pack.ready and not pack.trials and pack.key]
+        full = max(self._all, key=lambda pack: len(pack.trials), default=None)
+        if self._queue or not idle or full is None or len(full.trials) < 2:
+            return ""
+        if full.moving or all(pack.key != full.key for pack in idle):
+            return ""
+        full.moving = True
+        try:
+            trial = max(full.trials)  # the youngest
+            if not await full.host.move.remote(trial):
+                return ""
+            full.trials.discard(trial)
+            return trial
+        except ray.exceptions.RayError:
+            return ""  # it died; its trials find out by themselves
+        finally:
+            full.moving = False

@@ -1,0 +1,44 @@
+"""What the trial placer works with: the cluster's share of a sweep, and data of other trials."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from rayft.cluster.driver_context import DriverContext
+from rayft.compose.job import PreparedData
+from rayft.config.run import Run
+
+ATTEMPTS = 100_000  # numbers of attempts that one start of a sweep may give its trials
+
+
+@dataclass(frozen=True)
+class PlacerConfig:
+    """What a placer works with: plain data."""
+
+    config: dict[str, Any]  # Run.resolved() of the sweep
+    home: str  # address of the sweep's folder
+    packs: int  # at most
+    slots: int
+    own_runs: int  # runs of their own at the same time
+    cpus: float  # of a pack
+    gpus: float
+    start: int  # number of this start of the sweep: part of attempt names
+    lease: str  # id of the driver's claim on the sweep
+    driver: DriverContext
+    environment: dict[str, str]
+    dashboard: bool  # without one, runs of their own would hang
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@ray.remote(num_cpus=1, max_retries=2)
+def prepare_trial_data(config: dict[str, Any], driver: DriverContext) -> PreparedData:
+    """Tokenise what a trial reads, where the space changes its data."""
+    from rayft.compose.data import prepare_data
+
+    driver.enter()
+    return prepare_data(
+        Run.model_validate(config), lambda function, items: list(map(function, items))
+    )

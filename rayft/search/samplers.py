@@ -1,0 +1,172 @@
+"""Where the next trial's values come from: a grid, or chance (search/tpe.py: a model).
+
+A trial is known by its number, from 1. A draw that makes no valid config, or that a finite space
+has already given, is drawn again. No Ray in here, and no torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rayft.config.run import Run
+from rayft.config.space import TRIES, applied, combination, drawn, params_of
+from rayft.config.sweep import Domain, SweepSpec
+from rayft.core.errors import ConfigError
+
+LISTED = 10_000  # combinations looked through, one after another, for one that is still free
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """What became of a trial, for whoever draws the next one."""
+
+    standing: str  # done | stopped | diverged | failed
+    step: int = 0
+    best: float | None = None  # best finite metric over all reports
+    last: float | None = None  # of the last report
+    worst: float | None = None
+    base: float | None = None  # the base model's metric
+
+
+def key(params: Mapping[str, Any]) -> str:
+    """Equal for equal params; 1 and 1.0 differ."""
+    return json.dumps(dict(params), sort_keys=True)
+
+
+def picks_of(space: Mapping[str, Domain], params: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The inverse of `params_of`; None when the space does not hold these params."""
+    picks: dict[str, Any] = {}
+    for name, domain in space.items():
+        paths = list(domain.paired[0]) if domain.paired else [name]
+        if any(path not in params for path in paths):
+            return None
+        wanted = {path: params[path] for path in paths} if domain.paired else params[name]
+        ends = domain.uniform or domain.loguniform or domain.integers
+        if ends is None:
+            same = [value for value in domain.values or () if key({"": value}) == key({"": wanted})]
+            if not same:
+                return None
+        elif not isinstance(wanted, int | float) or not ends[0] <= wanted <= ends[1]:
+            return None
+        picks[name] = wanted
+    return picks
+
+
+class RandomSampler:
+    """At random, without repeating itself in a finite space. The base of all ways to draw."""
+
+    def __init__(self, run: Run, taken: Sequence[Mapping[str, Any]]) -> None:
+        self._run, self._sweep = run, sweep_of(run)
+        self._space = self._sweep.space
+        self._taken = {key(params) for params in taken}
+        self._refused: dict[str, str] = {}  # params that make no valid config, and why
+        grids = {n: d.grid for n, d in self._space.items() if d.grid is not None}
+        self._cycle = [dict(zip(grids, c, strict=True)) for c in itertools.product(*grids.values())]
+
+    def ask(self, number: int) -> dict[str, Any] | None:
+        """Params of trial `number`; None when a finite space has no more.
+
+        Raises:
+            ConfigError: no draw made a valid config; it names the last one and why.
+        """
+        for attempt in range(TRIES):
+            params = params_of(self._space, self._pick(number, attempt))
+            if self._new(params):
+                return params
+            self._drop()
+            if len(self._taken) + len(self._refused) >= (self._sweep.combinations or math.inf):
+                return None
+        if self._sweep.combinations is not None:
+            return self._first_free(number)
+        why = next(reversed(self._refused.values()))
+        raise ConfigError(
+            f"{TRIES} draws from sweep.space in a row made no valid config; the last: {why}",
+            where="sweep.space",
+            fix="take out the values that do not go together, or pair those that do (paired)",
+        )
+
+    def bind(self, trial: str) -> None:
+        """What was drawn last runs as `trial`."""
+
+    def resume(self, trial: str, params: Mapping[str, Any]) -> None:
+        """`trial` is known and runs again."""
+
+    def tell_past(self, params: Mapping[str, Any], outcome: TrialOutcome) -> None:
+        """A trial that is over."""
+
+    def tell(self, trial: str, outcome: TrialOutcome) -> None:
+        """`trial` has ended."""
+
+    def _pick(self, number: int, attempt: int) -> dict[str, Any]:
+        """A value per dimension; a function of the seed and its arguments. Grids are gone through
+        in order; the rest is drawn."""
+        chance = random.Random(f"{self._run.seed}/{number}/{attempt}")
+        row = number - 1 + attempt // 20  # one that fits nothing is left behind
+        fixed = self._cycle[row % len(self._cycle)]
+        return {n: fixed[n] if n in fixed else drawn(d, chance) for n, d in self._space.items()}
+
+    def _drop(self) -> None:
+        """What was drawn last is not used."""
+
+    def _force(self, picks: dict[str, Any]) -> None:
+        """These picks instead of what `_pick` would give."""
+
+    def _new(self, params: dict[str, Any]) -> bool:
+        """Whether a trial may have these params; if so they are taken."""
+        here = key(params)
+        if here in self._refused or (here in self._taken and self._sweep.combinations is not None):
+            return False
+        try:
+            applied(self._run, params)
+        except ConfigError as error:
+            self._refused[here] = f"{error.what} ({error.where})"
+            return False
+        self._taken.add(here)
+        return True
+
+    def _first_free(self, number: int) -> dict[str, Any] | None:
+        """The first combination that nobody has, from a random one on."""
+        sizes = [domain.values or () for domain in self._space.values()]
+        whole = math.prod(map(len, sizes))
+        start = random.Random(f"{self._run.seed}/{number}").randrange(whole)
+        for index in range(min(whole, LISTED)):
+            picks = combination(self._space, (start + index) % whole)
+            if self._new(params := params_of(self._space, picks)):
+                self._force(picks)
+                return params
+        return None
+
+
+class GridSampler(RandomSampler):
+    """Every combination once: trial n is the n-th that makes a valid config."""
+
+    def __init__(self, run: Run, taken: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(run, ())  # what is taken follows from the numbers
+        self._valid: list[dict[str, Any]] = []
+        self._rest = self._all()
+
+    def ask(self, number: int) -> dict[str, Any] | None:
+        while len(self._valid) < number:
+            params = next(self._rest, None)
+            if params is None:
+                return None
+            self._valid.append(params)
+        return self._valid[number - 1]
+
+    def _all(self) -> Iterator[dict[str, Any]]:
+        for index in range(self._sweep.combinations or 0):
+            params = params_of(self._space, combination(self._space, index))
+            if self._new(params):
+                yield params
+
+
+def sweep_of(run: Run) -> SweepSpec:
+    if run.sweep is None:
+        raise ConfigError("this config has no sweep block", where="sweep")
+    return run.sweep

@@ -1,0 +1,1 @@
+"""Where files lie (a mounted folder or an object store), and what makes writing them safe."""

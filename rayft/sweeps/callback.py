@@ -1,0 +1,172 @@
+"""What is done about Tune's events, and what is shown of a sweep."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import wait
+from typing import Any
+
+import ray
+
+from rayft.config.run import Run
+from rayft.records.ledger import LedgerTrial
+from rayft.sweeps.state import SweepState
+from rayft.sweeps.view import SweepSnapshot
+
+LEAVE = 300.0  # seconds that a trial gets to leave: its last commit may be large, storage slow
+
+
+class LeavingTrials:
+    """Trials on their way out of their hosts.
+
+    Args:
+        placer: told who is to leave.
+    """
+
+    def __init__(self, placer: Any) -> None:
+        self._placer, self._asked = placer, {}
+        self._closed = threading.Event()
+
+    def ask(self, trial: str, *, keep: bool) -> None:
+        """Have the trial leave; returns at once. `keep`: with its state committed."""
+        self._asked[trial] = self._placer.leave.remote(trial, keep).future()
+
+    def done(self, trial: str) -> bool:
+        """Wait, LEAVE seconds at most; whether nothing writes the trial's folder any more."""
+        asked, end = self._asked.get(trial), time.monotonic() + LEAVE
+        while asked is not None and not asked.done() and not self._closed.is_set():
+            if time.monotonic() > end:
+                return False
+            wait([asked], 0.5)
+        return True
+
+    def hostless(self) -> bool:
+        """Whether the placer is dead, and every host with it."""
+        try:
+            ray.get(self._placer.ready_host.remote(), timeout=30)
+        except ray.exceptions.RayActorError:
+            return True
+        except (ray.exceptions.RayError, TimeoutError):  # busy: it lives
+            return False
+        return False
+
+    def close(self) -> None:
+        """All hosts are gone."""
+        self._closed.set()
+
+
+class SweepCallback:
+    """TrialListener: the state, and the placer that gets places back."""
+
+    def __init__(
+        self, state: SweepState, leaving: LeavingTrials, must_end: Callable[[], bool], at_once: int
+    ) -> None:
+        self._state, self._leaving, self._must_end, self._at_once = (
+            state,
+            leaving,
+            must_end,
+            at_once,
+        )
+        self._predicted = False
+
+    def started(self, trial: str, params: dict[str, Any]) -> None:
+        self._state.started(trial, params)
+
+    def reported(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+        self._state.reported(trial, params, result)
+        if not self._predicted and "params_trainable" in result:
+            self._predicted = True
+            size = disk(self._state.run, params, result["params_trainable"], self._at_once)
+            self._state.news.append(f"checkpoints will take {size / 2**20:,.0f} MiB at most")
+
+    def ended(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+        """The slot is asked back at once, so that the next trial gets it."""
+        if not self._state.interrupted:
+            running = result.get("standing", "running") == "running"
+            self._leaving.ask(trial, keep=not running or self._state.is_best(trial))
+        self._state.ended(trial, params, result)
+
+    def broke(self, trial: str, params: dict[str, Any], why: str) -> None:
+        """Where the placer died it is not the trial's fault: the driver stops,
+        and the trial goes on with the same command."""
+        if self._leaving.hostless():
+            return
+        self._leaving.ask(trial, keep=False)
+        self._state.broke(trial, params, why)
+
+    def must_end(self) -> bool:
+        return self._must_end()
+
+    def finish(self) -> None:
+        """The phase was ended from outside: Tune says nothing of the trials that still ran. With a
+        best one among the others they are over; else they go on with the same command."""
+        found = self._state.best() is not None
+        running = [trial.id for trial in self._state.searched() if not trial.over]
+        for trial in running:
+            self._leaving.ask(trial, keep=self._state.is_best(trial) or not found)
+        for trial in running:
+            self._leaving.done(trial)
+            if found:
+                self._state.stop(trial)
+
+
+def disk(run: Run, params: dict[str, Any], trainable: float, at_once: int) -> float:
+    """Bytes that checkpoints of a sweep can take at one time: weights and two moments in fp32,
+    train.keep and the best of every trial that trains, the winner's, and one more being written.
+
+    Args:
+        params, trainable: of one trial; where the space holds ranks, the largest one counts.
+    """
+    widest = 1.0
+    for path, domain in run.sweep.space.items():
+        if path.endswith(".rank") and params.get(path):
+            widest = max(domain.ends()) / params[path]
+    each = 12 * trainable * widest
+    return each * (at_once * (run.train.keep + 2) + 2)
+
+
+def snapshot_of(state: SweepState, seen: dict[str, Any]) -> SweepSnapshot:
+    """The sweep as people see it.
+
+    Args:
+        seen: what TrialPlacer.status returned.
+    """
+    spec = state.spec
+    trials = list(state.ledger.trials.values())
+    counts: dict[str, int] = {}
+    for trial in trials:
+        counts[trial.status] = counts.get(trial.status, 0) + 1
+    over = sum(trial.over for trial in trials)
+    total = max(spec.count, len(trials))
+    packs = seen["packs"].values()
+    base = next((r.metrics.get("base_loss") for t in trials for r in t.reports), None)
+    return SweepSnapshot(
+        metric=spec.metric,
+        total=total,
+        counts=counts,
+        waiting=seen["waiting"],
+        slots=int(sum(pack["slots"] for pack in packs)),
+        busy=sum(pack["trials"] for pack in packs),
+        tokens_per_s=sum(pack["tokens"] / pack["seconds"] for pack in packs if pack["seconds"]),
+        seconds=state.seconds,
+        left=state.seconds / over * (total - over) if over > 2 else None,
+        best=state.best(),
+        base=base if spec.metric == "eval_loss" else None,
+        running=_running(state, trials),
+    )
+
+
+def _running(
+    state: SweepState, trials: list[LedgerTrial]
+) -> list[tuple[LedgerTrial, float | None]]:
+    """The best first; those that have not reported yet last."""
+    metric, mode = state.spec.metric, state.spec.mode
+    found: list[tuple[LedgerTrial, float | None]] = []
+    for trial in trials:
+        if not trial.over:
+            report = trial.best(metric, mode)
+            found.append((trial, None if report is None else report.metrics[metric]))
+    sign = 1 if mode == "min" else -1
+    return sorted(found, key=lambda pair: (pair[1] is None, sign * (pair[1] or 0.0)))

@@ -1,0 +1,1 @@
+"""One run under Ray Train, from the command to its last attempt."""

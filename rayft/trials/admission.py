@@ -1,0 +1,189 @@
+"""Who may join a pack, and what a trial of it is made of."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rayft.compose.arithmetic import settled
+from rayft.compose.assemble import BuiltModel, RunParts, steps_of, train_stream
+from rayft.compose.data import Corpus
+from rayft.compose.gradient_check import GroupMovement
+from rayft.compose.job import AttemptJob
+from rayft.compose.session import RunSession
+from rayft.config.run import Run
+from rayft.core.batch import Batch
+from rayft.core.errors import ConfigError, InfeasibleError
+from rayft.storage.folder import Storage
+from rayft.trials.commit_queue import CommitQueue
+from rayft.trials.forward import PackedModel
+from rayft.trials.initial import FreshAdapter
+from rayft.trials.memory import MemoryBudget, MemoryClaim
+from rayft.trials.rank_bucket import TrialAdapter
+from rayft.trials.slot import Optimizer, QuietSignals, SlotEngine, SlotGenerators, TrialSlot
+from rayft.trials.step import measure_activations
+from rayft.trials.trial_folder import trial_record
+from rayft.trials.types import NoRoom, UnsharedBase
+
+log = logging.getLogger(__name__)
+
+
+def with_precision(run: Run, device: torch.device) -> Run:
+    """`run` with the base as this machine computes it; see compose.arithmetic."""
+    run, said = settled(run, device)
+    if said:
+        log.warning("%s", said)
+    return run
+
+
+def refuse_unpackable(run: Run) -> None:
+    """Raises UnsharedBase for what no pack can hold."""
+    reasons = {
+        "8-bit optimizers": run.optim.kind != "adamw",
+        # its outlier columns depend on all rows of a batch
+        "an int8 base": run.model.quant == "int8",
+        "penalties": bool(run.penalties),
+    }
+    for what, there in reasons.items():
+        if there:
+            raise UnsharedBase(f"{what} cannot share a pack", fix="set sweep.pack=off")
+
+
+def check_same_pack(run: Run, job: AttemptJob, first: Run, data_hash: str) -> None:
+    """Raises ConfigError unless `run` shares the base, the targets and the data of `first`'s
+    pack."""
+    refuse_unpackable(run)
+    same = {
+        "model": run.model == first.model,
+        "seed": run.model.init == "pretrained" or run.seed == first.seed,
+        "methods.0.targets": run.methods[0].targets == first.methods[0].targets,
+        "objective": run.objective == first.objective,
+        "train.precision": run.train.precision == first.train.precision,
+        "train.gradient_checkpointing": run.train.gradient_checkpointing
+        == first.train.gradient_checkpointing,
+        "data.packing": run.data.packing <= first.data.packing,  # else the model was not probed
+        "the data": job.data_hash == data_hash,
+    }
+    different = [name for name, equal in same.items() if not equal]
+    if different:
+        raise ConfigError(f"{run.name} differs from its pack in {', '.join(different)}")
+
+
+def micro_batch_rows(run: Run) -> int:
+    """Rows of a micro-batch, as data/stream.py splits a step."""
+    pieces = -(-run.train.global_batch // run.train.micro_batch)
+    return -(-run.train.global_batch // pieces)
+
+
+def memory_claim(run: Run, adapter: TrialAdapter, corpus: Corpus) -> MemoryClaim:
+    """What a trial needs at most."""
+    length = run.data.max_length if run.data.packing else int(corpus.train.lengths.max())
+    method = run.methods[0]
+    kind = (method.dropout > 0, method.dora)
+    return MemoryClaim(adapter.layout.size, adapter.rows, length, method.rank, kind)
+
+
+def check_memory(
+    budget: MemoryBudget, name: str, claim: MemoryClaim, others: list[MemoryClaim]
+) -> None:
+    """Raises NoRoom where `claim` does not fit beside the others, InfeasibleError where it would
+    not fit alone."""
+    limit = f"{budget.limit / 2**30:.2f}"
+    alone, need = budget.need([claim]), budget.need([*others, claim])
+    if alone > budget.limit:
+        raise InfeasibleError(
+            f"{name} needs {alone / 2**30:.2f} GiB, its pack has {limit}",
+            fix="lower train.micro_batch, data.max_length or methods.0.rank",
+        )
+    if need > budget.limit:
+        raise NoRoom(f"{name} would take its pack to {need / 2**30:.2f} GiB of {limit}")
+
+
+def measure_memory(
+    budget: MemoryBudget,
+    model: PackedModel,
+    slot: TrialSlot,
+    claim: MemoryClaim,
+    others: list[MemoryClaim],
+) -> None:
+    """Measure a trial that may keep more per token than those before it, before it is in, and look
+    again whether there is room. Raises as `check_memory` does."""
+    if budget.knows(claim):
+        return
+    try:
+        measure_activations(model, slot, claim, budget)
+    except torch.OutOfMemoryError as error:
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the attempt took must not starve the others
+        if others:
+            raise NoRoom(f"{slot.trial} ran out of memory beside {len(others)} others") from error
+        raise InfeasibleError(
+            f"{slot.trial} runs out of memory, alone in its pack",
+            fix="lower train.micro_batch, data.max_length or methods.0.rank",
+        ) from error
+    check_memory(budget, slot.trial, claim, others)
+
+
+def make_slot(
+    job: AttemptJob,
+    run: Run,
+    start: FreshAdapter,
+    adapter: TrialAdapter,
+    corpus: Corpus,
+    shared: BuiltModel,
+    eval_batches: tuple[Batch, ...],
+    optimizer: Optimizer,
+    facts: Mapping[str, Any],
+) -> TrialSlot:
+    """A trial around `adapter`, which is in a bucket; not begun. `shared`: what all trials of the
+    pack have in common."""
+    groups = tuple(replace(one, params=(adapter.params[one.name],)) for one in start.groups)
+    made = optimizer(list(groups), run.optim)
+    device = adapter.params["lora_A"].device
+    stream = train_stream(run, corpus, shared.tokenizer.pad_token_id)
+    parts = RunParts(
+        run=run,
+        built=replace(shared, methods=start.methods, groups=groups),
+        engine=SlotEngine(adapter, start, made, device),
+        stream=stream,
+        eval_batches=eval_batches,
+        tasks=corpus.tasks,
+        steps=steps_of(run, stream),
+        params_total=start.params_total,
+        params_trainable=start.params_trainable,
+    )
+    storage = Storage.open(run.storage).child(run.name)
+    generators = SlotGenerators(device)
+    session = RunSession(
+        job, parts, storage, QuietSignals(), time.monotonic(), generators=generators
+    )
+    record = trial_record(storage, run, job, facts)
+    commits, movement = CommitQueue(session.writer), GroupMovement(parts.engine.group_of(), device)
+    return TrialSlot(run.name, run, adapter, session, made, generators, commits, record, movement)
+
+
+def restore_or_start(slot: TrialSlot, source: str | None, base: Mapping[str, float]) -> None:
+    """Go on from the newest commit of its own folder, else from `source`, else from the start,
+    where its evaluation is the base model's."""
+    own = slot.session.restore()
+    if own is not None:
+        slot.charged = float(own.extra(0).get("charged", 0.0))
+    elif source is not None:
+        _clone(slot, source)
+    elif base:
+        slot.session.judge(0, dict(base))
+    slot.write_record("running")
+
+
+def _clone(slot: TrialSlot, source: str) -> None:
+    """The state of another trial's checkpoint, committed under this trial's name."""
+    commit = slot.session.clone(source, slot.schedule)
+    slot.charged = float(commit.extra(0).get("charged", 0.0))
+    best = slot.session.progress.best
+    slot.commits.write(slot.snapshot(best is not None))
+    slot.commits.settle()
