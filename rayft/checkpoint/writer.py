@@ -129,9 +129,7 @@ class CheckpointWriter:
         if step != self._committed:
             self._error = None
             self._staging.fill(shard)
-            job = _SaveJob(
-                step, best, index_of(shard), dict(shard.scalars), json.dumps(dict(extra))
-            )
+            job = _SaveJob(step, best, index_of(shard), dict(shard.scalars), json.dumps({**extra}))
             self.stats.saves += 1
             name = f"checkpoint-step-{step}"
             # A daemon: storage that hangs must not keep a finished process alive.

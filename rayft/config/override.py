@@ -130,3 +130,17 @@ def plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def flattened(data: Any, path: str = "", join: str = ".") -> dict[str, Any]:
+    """{"a": {"b": [1]}} -> {"a.b.0": 1}, the way overrides name fields."""
+    if isinstance(data, dict):
+        items = [(str(key), value) for key, value in data.items()]
+    elif isinstance(data, list):
+        items = [(str(index), value) for index, value in enumerate(data)]
+    else:
+        return {path: data}
+    found: dict[str, Any] = {}
+    for key, value in items:
+        found |= flattened(value, f"{path}{join}{key}" if path else key, join)
+    return found

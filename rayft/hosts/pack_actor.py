@@ -24,6 +24,7 @@ from rayft.cluster.driver_context import DriverContext
 from rayft.compose.job import AttemptJob
 from rayft.core.address import redact
 from rayft.core.errors import StorageError
+from rayft.records.run_record import Status
 from rayft.storage.folder import Storage
 from rayft.trials.types import TrialReport
 
@@ -90,15 +91,15 @@ class PackActor:
         if trial in self._ended:
             return self._ended[trial]
         report = await self._reports[trial].get()
-        if report.standing != "running":
+        if report.status != "running":
             self._ended[trial] = report
         return report
 
-    async def leave(self, trial: str, keep: bool) -> None:
+    async def leave(self, trial: str, keep: bool, status: Status) -> None:
         """Free the slot; nothing when the trial has left already. Nothing in its folder is written
-        any more on return."""
+        any more on return; its run.json says `status`."""
         try:
-            gone = await self._ask(lambda: self._leave(trial, keep))
+            gone = await self._ask(lambda: self._leave(trial, keep, status))
             if gone is not None:
                 await asyncio.wrap_future(gone)
         finally:
@@ -234,13 +235,13 @@ class PackActor:
         try:
             reports = missed_reports(Storage.open(job.config["storage"]).child(name), heard, step)
         except BaseException:
-            self._leave(name, keep=True).result()
+            self._leave(name, keep=True, status="interrupted").result()
             raise
         self._loop.call_soon_threadsafe(self._deliver, reports)
 
-    def _leave(self, trial: str, keep: bool) -> Future[None] | None:
+    def _leave(self, trial: str, keep: bool, status: Status) -> Future[None] | None:
         inside = self._pack is not None and trial in self._pack.trials
-        return self._pack.leave(trial, keep=keep) if inside else None
+        return self._pack.leave(trial, status, keep=keep) if inside else None
 
     def _move(self, trial: str) -> Future[None] | None:
         inside = self._pack is not None and trial in self._pack.trials

@@ -13,6 +13,7 @@ import ray
 from rayft.core.errors import RayftError
 from rayft.hosts.pack_actor import PackActor, PackOpening
 from rayft.hosts.placer_config import PlacerConfig
+from rayft.trials.placement import choose_donor, choose_pack
 
 STARTS = 3  # processes of one pack that die before they are ready, until no more is started
 
@@ -86,7 +87,7 @@ class PackPool:
 
     # ---- places
 
-    async def slot(self, trial: str, key: str) -> PooledPack | None:
+    async def wait_for_slot(self, trial: str, key: str) -> PooledPack | None:
         """Wait for a place in the emptiest pack that may take the trial; None where none ever
         will, because its base cannot be shared.
 
@@ -96,9 +97,12 @@ class PackPool:
         async with self._changed:
             self._queue.append(trial)
             try:
-                while (pack := self._choose(key)) is None:
+                while True:
                     if key in self._unshared or not (self._all or self._error):
                         return None
+                    pack = choose_pack(self._all, key, self._slots)
+                    if pack is not None:
+                        break
                     if not self._all:
                         raise RayftError(f"no process for a pack starts: {self._error}")
                     await self._changed.wait()  # wakes in the order of waiting
@@ -106,19 +110,6 @@ class PackPool:
                 self._queue.remove(trial)
             pack.trials.add(trial)
             return pack
-
-    def _choose(self, key: str) -> PooledPack | None:
-        if key in self._unshared:
-            return None
-        ready = [pack for pack in self._all if pack.ready]
-        fit = [p for p in ready if p.key == key and len(p.trials) < self._slots and not p.full]
-        # An empty one of another kind is as good as a new one: only its base has to be loaded.
-        empty = [pack for pack in ready if not pack.trials]
-        candidates = sorted(fit, key=lambda pack: len(pack.trials))
-        fresh = [pack for pack in empty if pack.key is None] or empty
-        if candidates and (not candidates[0].trials or not fresh):
-            return candidates[0]
-        return fresh[0] if fresh else None
 
     async def open(self, pack: PooledPack, key: str, opening: PackOpening) -> None:
         """Load the base for trials of this key; whoever comes meanwhile waits for it. Raises what
@@ -177,26 +168,22 @@ class PackPool:
         return len(gone)
 
     async def rebalance(self) -> str:
-        """When nobody waits and a pack has nothing to do, it gets a trial of the fullest one: at
-        the end of a sweep the last trials must not share one core while the others idle.
+        """Let a trial out of the fullest pack where `choose_donor` says so.
 
         Returns:
             The trial that has left its pack and will enter again; "" when none has.
         """
-        idle = [pack for pack in self._all if pack.ready and not pack.trials and pack.key]
-        full = max(self._all, key=lambda pack: len(pack.trials), default=None)
-        if self._queue or not idle or full is None or len(full.trials) < 2:
+        donor = choose_donor(self._all, len(self._queue))
+        if donor is None:
             return ""
-        if full.moving or all(pack.key != full.key for pack in idle):
-            return ""
-        full.moving = True
+        donor.moving = True
         try:
-            trial = max(full.trials)  # the youngest
-            if not await full.host.move.remote(trial):
+            trial = max(donor.trials)  # the youngest
+            if not await donor.host.move.remote(trial):
                 return ""
-            full.trials.discard(trial)
+            donor.trials.discard(trial)
             return trial
         except ray.exceptions.RayError:
             return ""  # it died; its trials find out by themselves
         finally:
-            full.moving = False
+            donor.moving = False

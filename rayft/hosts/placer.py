@@ -24,6 +24,7 @@ from rayft.core.errors import RayftError
 from rayft.hosts.pack_actor import PackOpening
 from rayft.hosts.pack_pool import PackPool, PooledPack
 from rayft.hosts.placer_config import ATTEMPTS, PlacerConfig, prepare_trial_data
+from rayft.records.run_record import Status
 from rayft.storage.folder import Storage
 from rayft.storage.lease import superseded
 from rayft.trials.plan import pack_key, why_not_packed
@@ -97,11 +98,15 @@ class TrialPlacer:
             return await self._own_run(trial, run, folder, heard), ""
         return await self._packed(trial, run, folder, heard)
 
-    async def leave(self, trial: str, keep: bool) -> None:
+    async def leave(self, trial: str, keep: bool, status: Status) -> None:
         """The trial is over: its place is free, and it gets no other one. Nothing of it is written
-        any more on return."""
+        any more on return.
+
+        Args:
+            status: what its run.json says from now on, unless it had ended by itself.
+        """
         self._left.add(trial)
-        await self._free(trial, keep=keep, tell=True)
+        await self._free(trial, keep=keep, tell=True, status=status)
 
     async def host_lost(self, trial: str, why: str) -> None:
         """The trial's host broke: count it, replace a pack, and let the trial enter again.
@@ -120,7 +125,7 @@ class TrialPlacer:
         if self._deaths[trial] >= DEATHS:
             raise RayftError(f"lost {DEATHS} times: {why}")
 
-    async def status(self) -> dict[str, Any]:
+    async def overview(self) -> dict[str, Any]:
         """For people: packs by name with their numbers, how many trials wait, and news."""
         for pack in self._packs:
             if pack.key is not None and not pack.opening:
@@ -156,7 +161,7 @@ class TrialPlacer:
     ) -> tuple[Any, str]:
         key = pack_key(run)
         while True:
-            pack = await self._packs.slot(trial, key)
+            pack = await self._packs.wait_for_slot(trial, key)
             if pack is None:
                 return await self._own_run(trial, run, source, heard), ""
             self._where[trial] = pack
@@ -232,7 +237,9 @@ class TrialPlacer:
             return self._data
         return await prepare_trial_data.remote(run.resolved(), self._settings.driver)
 
-    async def _free(self, trial: str, *, keep: bool, tell: bool) -> None:
+    async def _free(
+        self, trial: str, *, keep: bool, tell: bool, status: Status = "interrupted"
+    ) -> None:
         """Take the place back; `tell`: the host still has to be told."""
         place = self._where.get(trial)
         if place is None:
@@ -241,7 +248,7 @@ class TrialPlacer:
         if tell:
             # Dead, or its files could not be written: the place is free all the same.
             with contextlib.suppress(ray.exceptions.RayError):
-                await host.leave.remote(trial, keep)
+                await host.leave.remote(trial, keep, status)
         if not isinstance(place, PooledPack):
             ray.kill(host)
             self._own_places.release()
@@ -265,6 +272,7 @@ class TrialPlacer:
 
 
 def _reads(run: Run) -> tuple[Any, ...]:
-    """What decides the tokens."""
+    """What decides tokens and masks."""
     model = run.model
-    return run.data, model.path, model.revision, model.tokenizer, model.chat_template
+    names = (model.path, model.revision, model.tokenizer, model.chat_template)
+    return run.data, run.objective, *names

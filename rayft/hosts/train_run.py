@@ -19,13 +19,13 @@ from rayft.cluster.interrupt import Interrupt
 from rayft.compose.job import PreparedData
 from rayft.config.run import Run
 from rayft.core.errors import DivergedError, InterruptedRun, InUseError, RayftError
-from rayft.records.run_record import RunRecord
+from rayft.records.run_record import RunRecord, Status, stored
 from rayft.records.series import base_of
 from rayft.storage.folder import Storage
 from rayft.storage.lease import PATIENCE
 from rayft.training.driver import RunContext, train
 from rayft.trials.report_replay import missed_reports
-from rayft.trials.types import Standing, TrialReport
+from rayft.trials.types import HostStatus, TrialReport
 
 LEAVE = 30.0  # seconds that the workers get to go
 COMMIT = 120.0  # seconds that a commit may take after its evaluation was told
@@ -79,7 +79,7 @@ class TrainRun:
         """Wait for the next report; the last one again and again once it is over."""
         if self._last is None:
             report = self._reports.get()
-            if report.standing == "running":
+            if report.status == "running":
                 return report
             self._last = report
         return self._last
@@ -101,33 +101,37 @@ class TrainRun:
             time.sleep(0.2)
         raise RayftError(f"{self._run.name} has no commit at step {self._relay.reported}")
 
-    def leave(self, *, keep: bool) -> None:
+    def leave(self, status: Status = "interrupted", *, keep: bool) -> None:
         """Stop the run, if it still runs; its workers are gone on return. Without `keep` its
-        checkpoints go; metrics and run.json stay."""
+        checkpoints go; metrics and run.json stay, which then says `status`."""
         self._interrupt.stop()
         self._thread.join(LEAVE)
-        # A thread that hangs still writes; the process is ended next, and the driver clears.
-        if not keep and not self._thread.is_alive():
+        if self._thread.is_alive():  # it hangs and may still write; the process is ended next
+            return
+        if not keep:
             for folder in ("checkpoints", "export"):
                 self._home.delete(folder)
+        record = stored(self._home)
+        if record is not None and record.status == "interrupted":
+            self._home.write_text("run.json", replace(record, status=status).to_json())
 
     # ---- the run's thread
 
     def _work(self, source: str) -> None:
-        standing, error = "done", ""
+        status, error = "done", ""
         try:
             context = RunContext(self._relay, self._interrupt, source)
             self._relay.done(self._trained(context))
         except DivergedError as problem:
-            standing, error = "diverged", problem.what
+            status, error = "diverged", problem.what
         except InterruptedRun:
-            standing, error = ("diverged", self._diverged) if self._diverged else ("failed", "left")
+            status, error = ("diverged", self._diverged) if self._diverged else ("failed", "left")
             if self._diverged:
                 self._rewrite(self._diverged)
         except Exception as problem:  # the sweep goes on without this trial, and says why
             text = problem.what if isinstance(problem, RayftError) else str(problem)
-            standing, error = "failed", f"{type(problem).__name__}: {text}"
-        self._reports.put(self._relay.end(standing, error))
+            status, error = "failed", f"{type(problem).__name__}: {text}"
+        self._reports.put(self._relay.end(status, error))
 
     def _trained(self, context: RunContext) -> RunRecord:
         """The run; a host of the sweep's former driver gets time to go."""
@@ -184,9 +188,9 @@ class _EventRelay:
         if record.base:
             self._metrics["base_loss"] = record.base["eval_loss"]
 
-    def end(self, standing: Standing, error: str) -> TrialReport:
+    def end(self, status: HostStatus, error: str) -> TrialReport:
         """The last report."""
-        return TrialReport(self._run.name, self._step, dict(self._metrics), standing, error)
+        return TrialReport(self._run.name, self._step, dict(self._metrics), status, error)
 
     def _evaluated(self, event: dict[str, Any]) -> None:
         found = {name: float(v) for name, v in event.items() if name.startswith("eval_")}

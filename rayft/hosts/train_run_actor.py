@@ -10,6 +10,7 @@ from rayft.cluster.driver_context import DriverContext
 from rayft.compose.job import PreparedData
 from rayft.config.run import Run
 from rayft.hosts.train_run import TrainRun
+from rayft.records.run_record import Status
 from rayft.trials.types import TrialReport
 
 
@@ -41,6 +42,6 @@ class TrainRunActor:
         """A committed checkpoint's folder."""
         return self._train_run.save()
 
-    def leave(self, trial: str, keep: bool) -> None:
+    def leave(self, trial: str, keep: bool, status: Status) -> None:
         """Stop the run and free what it held."""
-        self._train_run.leave(keep=keep)
+        self._train_run.leave(status, keep=keep)

@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rayft.records.run_record import ENDED, Status
 from rayft.storage.folder import Storage
 from rayft.storage.jsonl import LineAppender, read_log
 from rayft.storage.sealed import DamagedLines
 
 LEDGER = "trials.jsonl"
-ENDED = ("done", "stopped", "diverged", "failed")
 FACTS = ("trial", "time", "status", "step", "params", "error", "donor", "origin", "pack")
 """Keys of a line that are no metrics."""
 
@@ -48,7 +48,7 @@ class LedgerTrial:
 
     id: str
     params: dict[str, Any]  # as they are now
-    status: str  # "running" or one of ENDED
+    status: Status  # running, or one of ENDED
     step: int  # the last one reported
     reports: tuple[LedgerReport, ...]  # by step; only those with metrics
     began: float  # time of its first and last line

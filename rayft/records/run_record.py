@@ -18,7 +18,11 @@ from rayft.storage.sealed import BadRecord, seal, unseal
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Status = Literal["running", "done", "failed", "diverged", "interrupted"]
+Status = Literal["running", "done", "stopped", "interrupted", "diverged", "failed"]
+"""Of a run, of a trial and of a sweep. stopped: by a scheduler, for good; interrupted: it goes on
+with the same command."""
+ENDED: tuple[Status, ...] = ("done", "stopped", "diverged", "failed")
+"""Of a trial to which nothing more will happen."""
 
 
 @dataclass(frozen=True)

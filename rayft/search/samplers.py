@@ -26,7 +26,7 @@ LISTED = 10_000  # combinations looked through, one after another, for one that 
 class TrialOutcome:
     """What became of a trial, for whoever draws the next one."""
 
-    standing: str  # done | stopped | diverged | failed
+    status: str  # done | stopped | diverged | failed
     step: int = 0
     best: float | None = None  # best finite metric over all reports
     last: float | None = None  # of the last report

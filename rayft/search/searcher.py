@@ -133,10 +133,10 @@ class SpaceSearcher(_StatelessSearcher):
         name = self._names[trial_id]
         if result:
             self._keep(name, result)
-        standing = "failed" if error else str((result or {}).get("standing", "running"))
-        standing = "stopped" if standing == "running" else standing
+        status = "failed" if error else str((result or {}).get("status", "running"))
+        status = "stopped" if status == "running" else status
         seen = self._seen.pop(name, {})
-        self._sampler.tell(name, self._outcome(standing, max(seen, default=0), seen))
+        self._sampler.tell(name, self._outcome(status, max(seen, default=0), seen))
 
     def _keep(self, name: str, result: Mapping[str, Any]) -> None:
         wanted = (self._metric_name, "base_loss")
@@ -144,13 +144,13 @@ class SpaceSearcher(_StatelessSearcher):
         if found:
             self._seen.setdefault(name, {})[int(result.get("step", 0))] = found
 
-    def _outcome(self, standing: str, step: int, seen: dict[int, dict[str, float]]) -> TrialOutcome:
+    def _outcome(self, status: str, step: int, seen: dict[int, dict[str, float]]) -> TrialOutcome:
         told = [(at, seen[at].get(self._metric_name, math.nan)) for at in sorted(seen)]
         values = [value for _, value in told if math.isfinite(value)]
         base = [found["base_loss"] for found in seen.values() if "base_loss" in found]
         known = base and self._metric_name == "eval_loss" and math.isfinite(base[0])
         return TrialOutcome(
-            standing,
+            status,
             step,
             best=min(values, key=lambda value: self._sign * value, default=None),
             last=values[-1] if values else None,

@@ -87,11 +87,11 @@ class TpeSampler(RandomSampler):
             self._worst = max(self._worst, -math.inf if value is None else self._sign * value)
 
     def _state(self, outcome: TrialOutcome) -> tuple[TrialState, float | None]:
-        if outcome.standing == "stopped":
+        if outcome.status == "stopped":
             return TrialState.PRUNED, None
-        if outcome.standing == "diverged":
+        if outcome.status == "diverged":
             return TrialState.COMPLETE, self._penalty(outcome)
-        if outcome.standing == "done" and outcome.best is not None:
+        if outcome.status == "done" and outcome.best is not None:
             return TrialState.COMPLETE, self._sign * outcome.best
         return TrialState.FAIL, None
 

@@ -12,6 +12,7 @@ import ray
 
 from rayft.config.run import Run
 from rayft.records.ledger import LedgerTrial
+from rayft.records.run_record import Status
 from rayft.sweeps.state import SweepState
 from rayft.sweeps.view import SweepSnapshot
 
@@ -29,9 +30,10 @@ class LeavingTrials:
         self._placer, self._asked = placer, {}
         self._closed = threading.Event()
 
-    def ask(self, trial: str, *, keep: bool) -> None:
-        """Have the trial leave; returns at once. `keep`: with its state committed."""
-        self._asked[trial] = self._placer.leave.remote(trial, keep).future()
+    def ask(self, trial: str, status: Status, *, keep: bool) -> None:
+        """Have the trial leave; returns at once. `status`: what it is from now on, unless it has
+        ended by itself; `keep`: with its state committed."""
+        self._asked[trial] = self._placer.leave.remote(trial, keep, status).future()
 
     def done(self, trial: str) -> bool:
         """Wait, LEAVE seconds at most; whether nothing writes the trial's folder any more."""
@@ -84,8 +86,8 @@ class SweepCallback:
     def ended(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
         """The slot is asked back at once, so that the next trial gets it."""
         if not self._state.interrupted:
-            running = result.get("standing", "running") == "running"
-            self._leaving.ask(trial, keep=not running or self._state.is_best(trial))
+            running = result.get("status", "running") == "running"
+            self._leaving.ask(trial, "stopped", keep=not running or self._state.is_best(trial))
         self._state.ended(trial, params, result)
 
     def broke(self, trial: str, params: dict[str, Any], why: str) -> None:
@@ -93,7 +95,7 @@ class SweepCallback:
         and the trial goes on with the same command."""
         if self._leaving.hostless():
             return
-        self._leaving.ask(trial, keep=False)
+        self._leaving.ask(trial, "failed", keep=False)
         self._state.broke(trial, params, why)
 
     def must_end(self) -> bool:
@@ -103,9 +105,10 @@ class SweepCallback:
         """The phase was ended from outside: Tune says nothing of the trials that still ran. With a
         best one among the others they are over; else they go on with the same command."""
         found = self._state.best() is not None
+        status: Status = "stopped" if found else "interrupted"
         running = [trial.id for trial in self._state.searched() if not trial.over]
         for trial in running:
-            self._leaving.ask(trial, keep=self._state.is_best(trial) or not found)
+            self._leaving.ask(trial, status, keep=self._state.is_best(trial) or not found)
         for trial in running:
             self._leaving.done(trial)
             if found:
@@ -131,7 +134,7 @@ def snapshot_of(state: SweepState, seen: dict[str, Any]) -> SweepSnapshot:
     """The sweep as people see it.
 
     Args:
-        seen: what TrialPlacer.status returned.
+        seen: what TrialPlacer.overview returned.
     """
     spec = state.spec
     trials = list(state.ledger.trials.values())

@@ -22,7 +22,7 @@ from rayft.cluster.map_tasks import map_on_hosts, map_on_ray
 from rayft.compose.job import PreparedData, TaskMapper
 from rayft.config.run import Run
 from rayft.core.errors import DataError
-from rayft.hosts.capacity import cluster_capacity, reasons_not_packed
+from rayft.hosts.capacity import ClusterCapacity, cluster_capacity, reasons_not_packed
 from rayft.hosts.placer import TrialPlacer
 from rayft.hosts.placer_config import PlacerConfig
 from rayft.storage.folder import Storage
@@ -63,21 +63,7 @@ def open_cluster(
         capacity = cluster_capacity(run, living)
         preflight.storage_everywhere(state.home, living)
         facts = hardware()
-        settings = PlacerConfig(
-            config=run.resolved() | {"storage": Storage.open(run.storage).uri},
-            home=state.home.uri,
-            packs=capacity.packs,
-            slots=capacity.slots,
-            own_runs=capacity.own_runs,
-            cpus=run.scale.cpus,
-            gpus=capacity.gpus,
-            start=state.record.starts + 1,
-            lease=state.lease.id,
-            driver=DriverContext.here(),
-            environment=passed_on() if address else {},
-            dashboard=has_dashboard(),
-            facts={"versions": versions(), "hardware": facts},
-        )
+        settings = _settings(run, state, capacity, facts)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         name = f"rayft-{run.name}-placer-{os.getpid()}"
         # With the driver: a node that is lost must not take the sweep with it.
@@ -105,6 +91,26 @@ def open_cluster(
             elif not interrupt.cut_off:
                 close_placer(placer)
             leaving.close()
+
+
+def _settings(
+    run: Run, state: SweepState, capacity: ClusterCapacity, facts: dict[str, Any]
+) -> PlacerConfig:
+    return PlacerConfig(
+        config=run.resolved() | {"storage": Storage.open(run.storage).uri},
+        home=state.home.uri,
+        packs=capacity.packs,
+        slots=capacity.slots,
+        own_runs=capacity.own_runs,
+        cpus=run.scale.cpus,
+        gpus=capacity.gpus,
+        start=state.record.starts + 1,
+        lease=state.lease.id,
+        driver=DriverContext.here(),
+        environment=passed_on() if os.environ.get("RAY_ADDRESS") else {},
+        dashboard=has_dashboard(),
+        facts={"versions": versions(), "hardware": facts},
+    )
 
 
 def close_placer(placer: Any) -> None:

@@ -244,7 +244,7 @@ class _SweepDriver:
             return
         self._looked = now
         try:
-            seen = ray.get(placer.status.remote(), timeout=10)
+            seen = ray.get(placer.overview.remote(), timeout=10)
         except ray.exceptions.RayActorError as error:
             raise self._placer_lost() from error
         except (ray.exceptions.RayError, TimeoutError):

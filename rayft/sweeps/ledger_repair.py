@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rayft.checkpoint.folders import FOLDER, last_attempt, names, set_aside
+from rayft.checkpoint.folders import last_attempt, names, set_aside
 from rayft.config.run import Run
 from rayft.config.space import applied
 from rayft.core.errors import ConfigError
@@ -98,8 +98,7 @@ def _end(folder: Storage, trial: LedgerTrial) -> Iterator[MissingLine]:
         yield MissingLine(*known, {**record.eval, **base, **facts})
     elif record.status == "diverged":
         yield MissingLine(*known, error=record.error)
-    elif record.status == "interrupted" and trial.reports and not folder.list(FOLDER):
-        # Only a trial that a scheduler stopped has left without its checkpoints.
+    elif record.status == "stopped" and trial.reports:
         yield MissingLine(trial.id, "stopped", trial.step, trial.params)
 
 

@@ -28,7 +28,8 @@ from ray.tune.schedulers import (
 
 from rayft.config.run import Run
 from rayft.core.process import temporary
-from rayft.records.ledger import ENDED, LedgerContents, metrics_in
+from rayft.records.ledger import LedgerContents, metrics_in
+from rayft.records.run_record import ENDED
 from rayft.storage.folder import Storage
 from rayft.sweeps.trial import SCORE, scheduler_score, write_pointer
 
@@ -86,7 +87,7 @@ class ReplayedScheduler(TrialScheduler):
         trial, sweep = self._trials[name], self._run.sweep
         metrics = metrics_in(row)
         score = scheduler_score(status, metrics, sweep.metric, sweep.mode)
-        told = {"trial_id": name, "step": step, SCORE: score, "standing": status}
+        told = {"trial_id": name, "step": step, SCORE: score, "status": status}
         if status in ENDED:
             self._finish(name, self._told.get(name, {}) if status == "stopped" else told)
         elif metrics:
@@ -123,7 +124,7 @@ class ReplayedScheduler(TrialScheduler):
 
     def _end(self, controller: Any, name: str, result: Mapping[str, Any]) -> None:
         """A trial that broke says nothing of its settings."""
-        if result.get("standing") == "failed" or SCORE not in result:
+        if result.get("status") == "failed" or SCORE not in result:
             self._how.on_trial_remove(controller, self._trials[name])
         else:
             self._how.on_trial_complete(controller, self._trials[name], dict(result))

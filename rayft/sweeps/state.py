@@ -23,7 +23,7 @@ from rayft.training.state import versions
 
 RECORD = "sweep.json"
 _FACTS = ("time_this_iter_s", "time_total_s", "time_since_restore", "timestamp", "pid")
-_NOT_METRICS = ("step", "standing", "error_text", "score", "done", "donor", "training_iteration")
+_NOT_METRICS = ("step", "status", "error_text", "score", "done", "donor", "training_iteration")
 
 
 class SweepState:
@@ -117,7 +117,7 @@ class SweepState:
 
     def reported(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
         """An end is written by `ended`, with the same numbers."""
-        if result.get("standing") != "running":
+        if result.get("status") != "running":
             return
         with self._lock:
             if self._already_known(trial, result):
@@ -128,12 +128,12 @@ class SweepState:
             self._announce_best(before)
 
     def ended(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
-        standing = result.get("standing", "running")
+        status = result.get("status", "running")
         with self._lock:
             known = self.ledger.trials.get(trial)
             if known is None or known.over:
                 return
-            if standing == "running":
+            if status == "running":
                 if self.interrupted or not known.reports:
                     return  # it goes on when the same command is given again
                 self._add(trial, "stopped", known.step, known.params)
@@ -142,11 +142,11 @@ class SweepState:
                 facts = {"pack": result["pack"]} if result.get("pack") else {}
                 facts |= {"error": result["error_text"]} if result.get("error_text") else {}
                 step = int(result["step"]) or known.step
-                self._add(trial, standing, step, params, metrics_of(result), **facts)
+                self._add(trial, status, step, params, metrics_of(result), **facts)
                 self._announce_best(before)
-                if standing in ("diverged", "failed"):
-                    self.news.append(f"{trial} {standing} at step {step}: {facts.get('error', '')}")
-            self._here[trial] = standing
+                if status in ("diverged", "failed"):
+                    self.news.append(f"{trial} {status} at step {step}: {facts.get('error', '')}")
+            self._here[trial] = status
             self._clear_losers()
 
     def _already_known(self, trial: str, result: dict[str, Any]) -> bool:
@@ -165,7 +165,7 @@ class SweepState:
             self._clear_losers()
 
     def broke(self, trial: str, params: dict[str, Any], why: str) -> None:
-        self.ended(trial, params, {"standing": "failed", "step": 0, "error_text": why})
+        self.ended(trial, params, {"status": "failed", "step": 0, "error_text": why})
 
     def pack(self, name: str, numbers: dict[str, float]) -> None:
         """A line on how full a pack is."""

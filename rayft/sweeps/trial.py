@@ -31,9 +31,9 @@ def error_line(error: ray.exceptions.RayTaskError) -> str:
     return f"{type(cause).__name__}: {(text.strip().splitlines() or [''])[0][:200]}"
 
 
-def scheduler_score(standing: str, metrics: Mapping[str, float], metric: str, mode: str) -> float:
+def scheduler_score(status: str, metrics: Mapping[str, float], metric: str, mode: str) -> float:
     """What a report is worth to a scheduler."""
-    value = math.nan if standing in ("diverged", "failed") else metrics.get(metric, math.nan)
+    value = math.nan if status in ("diverged", "failed") else metrics.get(metric, math.nan)
     worst = WORST if mode == "min" else -WORST
     return value if math.isfinite(value) else worst
 
@@ -44,10 +44,10 @@ def tune_result(report: TrialReport, metric: str, mode: str) -> dict[str, Any]:
     return {
         **finite,
         "step": report.step,
-        "standing": report.standing,
+        "status": report.status,
         "error_text": report.error,
-        SCORE: scheduler_score(report.standing, finite, metric, mode),
-        "done": report.standing != "running",
+        SCORE: scheduler_score(report.status, finite, metric, mode),
+        "done": report.status != "running",
     }
 
 
@@ -91,10 +91,10 @@ class SweepTrial(Trainable):
                     self._host, self._pack = ray.get(self._placer.enter.remote(*asked))
                     self._source = None
                 report: TrialReport = ray.get(self._host.next.remote(self.trial_name))
-                if report.standing not in ("moved", "lost"):
+                if report.status not in ("moved", "lost"):
                     return self._result(report)
                 self._host = None
-                if report.standing == "lost":
+                if report.status == "lost":
                     ray.get(self._placer.host_lost.remote(self.trial_name, report.error))
             except ray.exceptions.RayTaskError as error:  # refused; another try changes nothing
                 return self._result(

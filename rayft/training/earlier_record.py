@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rayft.checkpoint.folders import last_attempt
+from rayft.config.override import flattened
 from rayft.config.run import Run
 from rayft.core.errors import ConfigError
 from rayft.records.run_record import RunRecord
@@ -77,27 +78,13 @@ def changes_between(
 ) -> list[str]:
     """`key: before -> now` for everything of `identity` that must not change."""
     try:
-        before = flat(identity(Run.model_validate(config)))
+        before = flattened(identity(Run.model_validate(config)))
     except ValidationError:
-        before = flat(config)
-    now = flat(identity(run))
+        before = flattened(config)
+    now = flattened(identity(run))
     missing = "(absent)"
     return [
         f"  {key}: {before.get(key, missing)} -> {now.get(key, missing)}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key, missing) != now.get(key, missing)
     ]
-
-
-def flat(data: Any, path: str = "") -> dict[str, Any]:
-    """{"a": {"b": [1]}} -> {"a.b.0": 1}, the way overrides name fields."""
-    if isinstance(data, dict):
-        items = [(str(key), value) for key, value in data.items()]
-    elif isinstance(data, list):
-        items = [(str(index), value) for index, value in enumerate(data)]
-    else:
-        return {path: data}
-    found: dict[str, Any] = {}
-    for key, value in items:
-        found |= flat(value, f"{path}.{key}" if path else key)
-    return found

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from rayft.config.override import flattened
 from rayft.config.run import Run
 from rayft.core.address import redact
 from rayft.core.errors import ConfigError
@@ -75,7 +76,7 @@ class MLflow:
         self._client = mlflow.MlflowClient()
         active = mlflow.start_run(run_name=run.name, tags={"rayft.digest": run.digest()})
         self._id = active.info.run_id
-        mlflow.log_params(dict(_flat(run.resolved())))
+        mlflow.log_params(flattened(run.resolved(), join="/"))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -168,17 +169,7 @@ class _TrackerFeed:
 
 def numbers(event: Event) -> Iterator[tuple[str, float]]:
     """(name, value) of every finite number of an event: loss, lr/<group>, eval_loss, ..."""
-    for name, value in _flat({k: v for k, v in event.items() if k not in ("kind", "step")}):
+    numbers = {k: v for k, v in event.items() if k not in ("kind", "step")}
+    for name, value in flattened(numbers, join="/").items():
         if isinstance(value, int | float) and math.isfinite(value):
             yield name, float(value)
-
-
-def _flat(data: Any, path: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
-    if isinstance(data, dict):
-        for key, value in data.items():
-            yield from _flat(value, (*path, str(key)))
-    elif isinstance(data, list):
-        for index, value in enumerate(data):
-            yield from _flat(value, (*path, str(index)))
-    else:
-        yield "/".join(path), data

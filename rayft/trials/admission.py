@@ -24,6 +24,7 @@ from rayft.trials.commit_queue import CommitQueue
 from rayft.trials.forward import PackedModel
 from rayft.trials.initial import FreshAdapter
 from rayft.trials.memory import MemoryBudget, MemoryClaim
+from rayft.trials.plan import pack_differences, why_not_packed
 from rayft.trials.rank_bucket import TrialAdapter
 from rayft.trials.slot import Optimizer, QuietSignals, SlotEngine, SlotGenerators, TrialSlot
 from rayft.trials.step import measure_activations
@@ -43,33 +44,18 @@ def with_precision(run: Run, device: torch.device) -> Run:
 
 def refuse_unpackable(run: Run) -> None:
     """Raises UnsharedBase for what no pack can hold."""
-    reasons = {
-        "8-bit optimizers": run.optim.kind != "adamw",
-        # its outlier columns depend on all rows of a batch
-        "an int8 base": run.model.quant == "int8",
-        "penalties": bool(run.penalties),
-    }
-    for what, there in reasons.items():
-        if there:
-            raise UnsharedBase(f"{what} cannot share a pack", fix="set sweep.pack=off")
+    if why := why_not_packed(run):
+        raise UnsharedBase(f"{run.name} cannot share a pack: {why}", fix="set sweep.pack=off")
 
 
 def check_same_pack(run: Run, job: AttemptJob, first: Run, data_hash: str) -> None:
-    """Raises ConfigError unless `run` shares the base, the targets and the data of `first`'s
-    pack."""
+    """Raises ConfigError unless `run` may share `first`'s pack, whose data is `data_hash`."""
     refuse_unpackable(run)
-    same = {
-        "model": run.model == first.model,
-        "seed": run.model.init == "pretrained" or run.seed == first.seed,
-        "methods.0.targets": run.methods[0].targets == first.methods[0].targets,
-        "objective": run.objective == first.objective,
-        "train.precision": run.train.precision == first.train.precision,
-        "train.gradient_checkpointing": run.train.gradient_checkpointing
-        == first.train.gradient_checkpointing,
-        "data.packing": run.data.packing <= first.data.packing,  # else the model was not probed
-        "the data": job.data_hash == data_hash,
-    }
-    different = [name for name, equal in same.items() if not equal]
+    different = pack_differences(run, first)
+    if first.data.packing and "data.packing" in different:
+        different.remove("data.packing")  # a model that was probed for packed rows takes others too
+    if job.data_hash != data_hash:
+        different.append("the data")
     if different:
         raise ConfigError(f"{run.name} differs from its pack in {', '.join(different)}")
 

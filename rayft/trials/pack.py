@@ -43,7 +43,7 @@ from rayft.trials.rank_bucket import TrialAdapter
 from rayft.trials.scoring import HeldOut
 from rayft.trials.slot import Optimizer, TrialSlot
 from rayft.trials.step import isolated, solo_seconds, step_trials
-from rayft.trials.types import NoRoom, Standing, TrialReport
+from rayft.trials.types import HostStatus, NoRoom, TrialReport
 
 
 class Pack:
@@ -94,10 +94,8 @@ class Pack:
         self._meter.start_seconds = time.perf_counter() - began
 
     def _load(self) -> None:
-        run, tokenizer = (
-            admission.with_precision(self.run, self.device),
-            load_tokenizer(self.run.model),
-        )
+        run = admission.with_precision(self.run, self.device)
+        tokenizer = load_tokenizer(run.model)
         recomputes = run.train.gradient_checkpointing
         model = load_model(
             run.model, device=self.device, seed=run.seed, gradient_checkpointing=recomputes
@@ -180,15 +178,15 @@ class Pack:
         shared = (self._corpus, self._built, self._held_out.batches, self._optimizer, self._facts)
         return admission.make_slot(job, run, start, adapter, *shared)
 
-    def leave(self, trial: str, *, keep: bool) -> Future[None]:
+    def leave(self, trial: str, status: Status = "interrupted", *, keep: bool) -> Future[None]:
         """Free the slot at once. `keep`: its best state is committed and stays, else its
-        checkpoints go; metrics.jsonl and run.json stay.
+        checkpoints go; metrics.jsonl and run.json, which says `status`, stay.
 
         Returns:
             Done when nothing in its folder is written or deleted any more; the others train on
             meanwhile. A StorageError where the files could not be written.
         """
-        return self._drop(self._slots[trial], "interrupted", keep, None)
+        return self._drop(self._slots[trial], status, keep, None)
 
     def move(self, trial: str) -> Future[None]:
         """`leave`, with its present state committed: it goes on in another pack."""
@@ -267,17 +265,17 @@ class Pack:
         self, slot: TrialSlot, broken: dict[TrialSlot, RayftError], metrics: dict[str, float]
     ) -> TrialReport:
         """Take it out. Where its files cannot be written it has failed; the others stay."""
-        standing: Standing = "done"
+        status: HostStatus = "done"
         if slot in broken:
-            standing = "diverged" if isinstance(broken[slot], DivergedError) else "failed"
+            status = "diverged" if isinstance(broken[slot], DivergedError) else "failed"
         with isolated(slot, broken):
             error = broken.get(slot)
-            gone = self._drop(slot, standing, standing == "done", error)
+            gone = self._drop(slot, status, status == "done", error)
             if not isinstance(error, StorageError):
                 gone.result()
-        if standing == "done" and slot in broken:
-            standing = "failed"
-        return TrialReport(slot.trial, slot.step, metrics, standing, str(broken.get(slot, "")))
+        if status == "done" and slot in broken:
+            status = "failed"
+        return TrialReport(slot.trial, slot.step, metrics, status, str(broken.get(slot, "")))
 
     def _evaluate(
         self, due: Sequence[TrialSlot], broken: dict[TrialSlot, RayftError]

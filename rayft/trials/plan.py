@@ -7,6 +7,7 @@ from typing import Any
 
 from rayft.config.methods import LoraSpec
 from rayft.config.objectives import LmSpec, SftSpec
+from rayft.config.override import flattened
 from rayft.config.run import Run
 from rayft.config.strategies import DdpSpec
 
@@ -44,13 +45,22 @@ def why_not_packed(run: Run) -> str:
         return f"optim.kind is {run.optim.kind}"
     if run.model.quant == "int8":
         return "model.quant is int8, whose outliers mix the rows of a batch"
-    if run.train.gradient_checkpointing and methods[0].dropout:
-        return "gradient checkpointing would draw other dropout masks"
     return ""
 
 
 def pack_key(run: Run) -> str:
     """Equal exactly for runs that may share a pack."""
+    return json.dumps(_shared(run), sort_keys=True)
+
+
+def pack_differences(run: Run, other: Run) -> list[str]:
+    """Paths of the fields that keep two runs out of one pack."""
+    ours, theirs = (flattened(_shared(one)) for one in (run, other))
+    return sorted(p for p in ours.keys() | theirs.keys() if ours.get(p) != theirs.get(p))
+
+
+def _shared(run: Run) -> dict[str, Any]:
+    """The config without what trials of one pack may differ in."""
     data = run.resolved()
     for section, names in FREE.items():
         *path, last = section.split(".")
@@ -68,10 +78,10 @@ def pack_key(run: Run) -> str:
         else:
             holder = holder[last]
         for name in names or ():
-            holder.pop(name)
+            holder.pop(name, None)
     if run.model.init == "random":
         data["seed"] = run.seed  # the base's weights are drawn from it
-    return json.dumps(data, sort_keys=True)
+    return data
 
 
 def default_slots(run: Run, gpu: bool) -> int:

@@ -1,18 +1,22 @@
 """The placement of a sweep's trials, simulated: makespan, and how full the slots are.
 
 Packs run in lock-step: one step of a pack with n trials takes a + b n seconds (a: what a step costs
-whatever its width; b: what a trial's tokens cost). The rule is that of hosts/placer.py: a central
-queue, first come first served; a freed slot goes to the next in the queue; once nobody waits, a
-pack with at least two trials fewer than the fullest one gets one of its trials, for one step's
-delay. Units: seconds and optimizer steps.
+whatever its width; b: what a trial's tokens cost). Who goes where is decided by `placement`, as in
+a real sweep; a trial that moves loses one step's time. Units: seconds and optimizer steps.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from rayft.trials.placement import choose_donor, choose_pack
+
+KEY = "base"  # all trials share one
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,18 @@ class SimulatedSweep:
     moves: int
 
 
-@dataclass
+@dataclass(eq=False)
 class _SimulatedPack:
+    """A placement.PackLoad that is always there, never out of memory."""
+
     trials: dict[int, float] = field(default_factory=dict)  # trial -> step count at which it ends
     steps: float = 0.0  # taken so far
     since: float = 0.0  # time of `steps`
     version: int = 0  # older events of this pack mean nothing
+    key: str = KEY
+    ready: bool = True
+    full: bool = False
+    moving: bool = False
 
 
 def asha_lengths(count: int, steps: int, grace: int, factor: int, seed: int = 0) -> list[int]:
@@ -54,34 +64,31 @@ class _Simulation:
     def __init__(self, lengths: Sequence[int], packs: int, slots: int, a: float, b: float) -> None:
         self.lengths, self.slots, self.a, self.b = lengths, slots, a, b
         self.packs = [_SimulatedPack() for _ in range(packs)]
-        self.next = 0  # in the queue
-        self.events: list[tuple[float, int, int]] = []  # time, version, pack
-        self.by_count: list[set[int]] = [set() for _ in range(slots + 1)]
-        self.by_count[0] = set(range(packs))
+        self.queue = deque(range(len(lengths)))
+        self.events: list[tuple[float, int, int, _SimulatedPack]] = []  # time, order, version, pack
         self.moves = 0
+        self._order = itertools.count()
         self.taken = self.clock = self.done = 0.0  # slot-seconds, seconds, trial-steps
 
     def go(self) -> SimulatedSweep:
         total = sum(self.lengths)
-        for _ in range(self.slots):  # spread: every pack gets one before any gets two
-            for index in range(len(self.packs)):
-                self._take(index, 0.0)
-        for index in range(len(self.packs)):
-            self._plan(index)
+        self._admit(self.packs)
+        for pack in self.packs:
+            self._plan(pack)
         running = sum(len(pack.trials) for pack in self.packs)
         slots = len(self.packs) * self.slots
         fullness = 1.0
         while self.events:
-            now, version, index = heapq.heappop(self.events)
-            pack = self.packs[index]
+            now, _, version, pack = heapq.heappop(self.events)
             if version != pack.version:
                 continue
             self.taken += running * (now - self.clock)
             self.clock = now
-            running -= self._finish(index, now)
-            running += self._take(index, now)
-            self._balance(index, now)
-            self._plan(index)
+            running -= self._finish(pack)
+            running += self._admit([pack])  # all others are full
+            if not pack.trials:
+                self._move_to(pack)
+            self._plan(pack)
             if self.done <= 0.95 * total and now > 0:
                 fullness = self.taken / (slots * now)
         return SimulatedSweep(self.clock, self._bound(total), fullness, self.moves)
@@ -91,63 +98,43 @@ class _Simulation:
         longest = max(self.lengths) * (self.a + self.b)
         return max(total * wide / len(self.packs), longest)
 
-    def _finish(self, index: int, now: float) -> int:
+    def _finish(self, pack: _SimulatedPack) -> int:
         """Take out whoever is at its end; how many."""
-        pack = self.packs[index]
-        self._advance(pack, now)
+        self._advance(pack)
         over = [trial for trial, end in pack.trials.items() if end <= pack.steps + 1e-6]
         for trial in over:
-            self._count(index, -1)
             del pack.trials[trial]
             self.done += self.lengths[trial]
         return len(over)
 
-    def _take(self, index: int, now: float) -> int:
-        """Fill the free slots from the queue; how many came."""
-        pack, came = self.packs[index], 0
-        limit = 1 if now == 0.0 else self.slots
-        while self.next < len(self.lengths) and len(pack.trials) < self.slots and came < limit:
-            self._count(index, 1)
-            pack.trials[self.next] = pack.steps + self.lengths[self.next]
-            self.next += 1
+    def _admit(self, packs: Sequence[_SimulatedPack]) -> int:
+        """Give places to those who wait longest; how many got one."""
+        came = 0
+        while self.queue and (pack := choose_pack(packs, KEY, self.slots)) is not None:
+            trial = self.queue.popleft()
+            pack.trials[trial] = pack.steps + self.lengths[trial]
             came += 1
         return came
 
-    def _balance(self, index: int, now: float) -> None:
-        pack = self.packs[index]
-        if self.next < len(self.lengths):
+    def _move_to(self, idle: _SimulatedPack) -> None:
+        donor = choose_donor(self.packs, len(self.queue))
+        if donor is None:
             return
-        fullest = next(n for n in range(self.slots, -1, -1) if self.by_count[n])
-        if fullest < len(pack.trials) + 2:
-            return
-        other = next(iter(self.by_count[fullest]))
-        donor = self.packs[other]
-        self._advance(donor, now)
+        self._advance(donor)
         trial = max(donor.trials)
         left = donor.trials.pop(trial) - donor.steps
-        donor.version += 1
-        # bookkeeping after the pop: counts are taken from the sets, not from the dicts
-        self.by_count[fullest].discard(other)
-        self.by_count[fullest - 1].add(other)
-        self._plan(other)
-        self._count(index, 1)
-        pack.trials[trial] = pack.steps + left + 1  # one step's delay
+        self._plan(donor)
+        idle.trials[trial] = idle.steps + left + 1  # one step's delay
         self.moves += 1
 
-    def _count(self, index: int, change: int) -> None:
-        count = len(self.packs[index].trials)
-        self.by_count[count].discard(index)
-        self.by_count[count + change].add(index)
-
-    def _advance(self, pack: _SimulatedPack, now: float) -> None:
+    def _advance(self, pack: _SimulatedPack) -> None:
         if pack.trials:
-            pack.steps += (now - pack.since) / (self.a + self.b * len(pack.trials))
-        pack.since = now
+            pack.steps += (self.clock - pack.since) / (self.a + self.b * len(pack.trials))
+        pack.since = self.clock
 
-    def _plan(self, index: int) -> None:
-        pack = self.packs[index]
+    def _plan(self, pack: _SimulatedPack) -> None:
         pack.version += 1
         if pack.trials:
             left = min(pack.trials.values()) - pack.steps
             end = pack.since + max(left, 0.0) * (self.a + self.b * len(pack.trials))
-            heapq.heappush(self.events, (end, pack.version, index))
+            heapq.heappush(self.events, (end, next(self._order), pack.version, pack))

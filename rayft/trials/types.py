@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rayft.core.errors import ConfigError, RayftError
+from rayft.records.run_record import Status
 
-Standing = Literal["running", "done", "diverged", "failed", "moved", "lost"]
+HostStatus = Status | Literal["moved", "lost"]
 """moved: it is committed and out; lost: its pack broke, and what was not committed is gone. In both
 its client has to enter again."""
 
@@ -23,7 +24,7 @@ class TrialReport:
     step), base_loss (eval_loss of the base model), tokens (trained targets so far), seconds (engine
     seconds charged to this trial so far, its share of packed steps), params_trainable, memory
     (bytes charged to it: a pack's peak over its slots; on its own the run's peak)."""
-    standing: Standing = "running"
+    status: HostStatus = "running"
     error: str = ""
 
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from pyarrow.fs import LocalFileSystem
 
-from rayft.records.ledger import ENDED, LEDGER, Ledger, LedgerContents, read_ledger
+from rayft.records.ledger import LEDGER, Ledger, LedgerContents, read_ledger
+from rayft.records.run_record import ENDED
 from rayft.storage.backends import ObjectBackend
 from rayft.storage.folder import Storage
 

@@ -46,7 +46,7 @@ def test_a_trial_that_is_not_a_number_leaves_and_changes_no_bit_of_the_others(la
     poison(dirty, "b")
     clean.step()
     told = dirty.step()
-    assert [(t.trial, t.standing) for t in told] == [("b", "diverged")]
+    assert [(t.trial, t.status) for t in told] == [("b", "diverged")]
     assert "not a number" in told[0].error
     assert dirty.trials == ("a", "c", "d") and dirty.free == 29
     for trial in dirty.trials:
@@ -136,8 +136,8 @@ def test_a_trial_whose_files_cannot_be_written_fails_alone(lab):
     home = Path(home_of(doomed).uri)
     home.rename(home.with_name("elsewhere"))
     home.write_text("no folder")
-    ends = {told.trial: told for told in finish(pack) if told.standing != "running"}
-    assert (ends["doomed"].standing, ends["fine"].standing) == ("failed", "done")
+    ends = {told.trial: told for told in finish(pack) if told.status != "running"}
+    assert (ends["doomed"].status, ends["fine"].status) == ("failed", "done")
     assert "storage error" in ends["doomed"].error
     finish(lab.pack(alone))
     assert losses(fine) == losses(alone) and record(fine).status == "done"
@@ -184,7 +184,7 @@ def test_a_trial_that_is_done_leaves_its_best_step(lab):
 def test_a_loss_far_above_the_start_is_diverged(lab):
     run = lab.run("far", *WILD, "optim.lr=2.0", "train.eval_every=2")
     told = finish(lab.pack(run, lab.run("near"), divergence=1.01))[0]
-    assert (told.trial, told.standing, told.step) == ("far", "diverged", 2)
+    assert (told.trial, told.status, told.step) == ("far", "diverged", 2)
     assert "1.01 times the base model's" in told.error
     assert record(run).status == "diverged" and not names(home_of(run))
     assert record(lab.run("near")).status == "done"
@@ -200,7 +200,7 @@ def test_a_clone_continues_from_its_donor(lab):
     assert torch.equal(rows(pack, "donor"), rows(pack, "clone"))
     assert find_commit(home_of(clone)).step == 4
     told = [one for one in finish(pack) if one.trial == "clone"]
-    assert [one.step for one in told] == [8] and told[0].standing == "done"
+    assert [one.step for one in told] == [8] and told[0].status == "done"
     assert len(losses(clone)) == 4 and losses(clone)[0] != losses(donor)[4]
 
 
@@ -210,7 +210,7 @@ def test_no_slot_no_memory_and_strangers_are_refused(lab, tmp_path):
         pack.admit(lab.job(lab.run("more")))
     with pytest.raises(ConfigError, match=r"methods\.0\.targets"):
         pack.admit(lab.job(lab.run("other", "methods.0.targets=[q_proj]")))
-    with pytest.raises(ConfigError, match="no LoRA run"):
+    with pytest.raises(ConfigError, match="not one lora"):
         lab.pack(lab.run("all", "methods=[{kind: full}]"))
     stats = pack.stats()
     pack.close()

@@ -80,7 +80,7 @@ def test_a_pack_whose_graph_is_broken_fails_its_trials_and_says_why(breaking, tm
     lab = Lab(tmp_path, steps=6)
     runs = [lab.run("one"), lab.run("two", "methods.0.rank=16")]
     told = finish(lab.pack(*runs))
-    assert {one.trial: one.standing for one in told} == {"one": "failed", "two": "failed"}
+    assert {one.trial: one.status for one in told} == {"one": "failed", "two": "failed"}
     for one, run in zip(sorted(told, key=lambda one: one.trial), runs, strict=True):
         assert "8 of 28 trained parameters got no gradient" in one.error
         assert f"{ATTENTION}.k_proj.lora_A" in one.error and f"{one.trial}, step 1" in one.error
@@ -114,7 +114,7 @@ def test_a_base_that_dies_later_ends_the_trials_not_the_pack(tmp_path):
     pack.step()
     inference_only(pack._model.step.policy.model)
     [told] = pack.step()
-    assert told.standing == "failed" and "no_backward" in told.error and pack.trials == ()
+    assert told.status == "failed" and "no_backward" in told.error and pack.trials == ()
 
 
 def test_a_trial_that_stands_still_fails_alone(tmp_path):
@@ -131,7 +131,7 @@ def test_a_trial_that_stands_still_fails_alone(tmp_path):
     still = lab.run("still", "optim.betas=[0.5, 0.9]")
     fine, alone = (lab.run("fine", where=where) for where in ("runs", "alone"))
     told = {one.trial: one for one in finish(lab.pack(still, fine, optimizer=optimizer))}
-    assert told["still"].standing == "failed" and told["fine"].standing == "done"
+    assert told["still"].status == "failed" and told["fine"].status == "done"
     assert "parameter group lora_A and lora_B did not move" in told["still"].error
     assert "step 3" in told["still"].error  # the first update of the warm-up is at rate zero
     lab.solo(alone)

@@ -105,16 +105,16 @@ class Sweep:
     def report(self, name: str, step: int, loss: float) -> None:
         """What tune_controller.py does with a result, in its order."""
         trial = self.trials[name]
-        result = {"trial_id": trial.trial_id, "step": step, SCORE: loss, "standing": "running"}
+        result = {"trial_id": trial.trial_id, "step": step, SCORE: loss, "status": "running"}
         metrics = {"eval_loss": loss}
         facts = {"donor": "whoever"} if name in self.copied else {}
         self.copied.discard(name)
-        standing = "diverged" if loss > 8.5 else "done" if step >= STEPS else ""
-        if standing:
-            score = scheduler_score(standing, metrics, "eval_loss", self.run.sweep.mode)
-            told = result | {"standing": standing, SCORE: score}
+        status = "diverged" if loss > 8.5 else "done" if step >= STEPS else ""
+        if status:
+            score = scheduler_score(status, metrics, "eval_loss", self.run.sweep.mode)
+            told = result | {"status": status, SCORE: score}
             self.how.on_trial_complete(self.controller, trial, told)
-            self.write(name, standing, step, trial.config, **metrics, **facts)
+            self.write(name, status, step, trial.config, **metrics, **facts)
             self.end(name)
             return
         said = self.how.on_trial_result(self.controller, trial, result | facts)

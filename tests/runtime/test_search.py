@@ -213,15 +213,15 @@ def test_optuna_uses_the_past():
             drawn.append(loss_of(params) - 3)
             search.on_trial_complete(
                 f"tune-{index}",
-                {"eval_loss": loss_of(params), "step": 90, "standing": "done"},
+                {"eval_loss": loss_of(params), "step": 90, "status": "done"},
             )
         return sorted(drawn[:8])[4]
 
     assert distance(fold(finished(lrs))) < 0.35 < distance(LedgerContents())
 
 
-@pytest.mark.parametrize("standing", ["diverged", "stopped", "failed"])
-def test_where_trials_go_wrong_optuna_goes_no_more(standing):
+@pytest.mark.parametrize("status", ["diverged", "stopped", "failed"])
+def test_where_trials_go_wrong_optuna_goes_no_more(status):
     """Everything above 1e-3 goes wrong early. A failed
     trial says nothing about its params, so there the searcher stays."""
 
@@ -230,12 +230,12 @@ def test_where_trials_go_wrong_optuna_goes_no_more(standing):
         for n in range(1, 31):
             lr = 10 ** (-5 + 3 * n / 30)
             wrong = lr > 1e-3
-            step = 10 if standing == "stopped" else 0
+            step = 10 if status == "stopped" else 0
             metrics = {"base_loss": 6.0} | ({"eval_loss": 7.0} if step else {})
             metrics = metrics if wrong else {"eval_loss": 4.0 - n / 30, "base_loss": 6.0}
             rows.append(
                 line(
-                    f"t{n:04d}", standing if wrong else "done", step if wrong else 90,
+                    f"t{n:04d}", status if wrong else "done", step if wrong else 90,
                     {"optim.lr": lr}, **metrics,
                 )
             )  # fmt: skip
@@ -249,14 +249,14 @@ def test_where_trials_go_wrong_optuna_goes_no_more(standing):
                 assert search.suggest(f"old-{index}") == row["params"]
             for index, row in enumerate(rows):
                 seen = {k: row[k] for k in ("eval_loss", "base_loss", "step") if k in row}
-                status = "running" if row["status"] == "stopped" else row["status"]
-                search.on_trial_complete(f"old-{index}", seen | {"standing": status})
+                ended = "running" if row["status"] == "stopped" else row["status"]
+                search.on_trial_complete(f"old-{index}", seen | {"status": ended})
         found = suggested(search)
         assert len(found) == 30
         return sum(params["optim.lr"] > 1e-3 for params in found.values()) / 30
 
     for live in (False, True):
-        if standing == "failed":
+        if status == "failed":
             assert share(live) > 0.3
         else:
             assert share(live) < 0.35
@@ -267,7 +267,7 @@ def test_a_sweep_that_only_diverges_goes_on():
     for index in range(15):
         assert search.suggest(f"a{index}") != search.FINISHED
         search.on_trial_result(f"a{index}", {"eval_loss": math.nan, "step": 10})
-        search.on_trial_complete(f"a{index}", {"standing": "diverged", "step": 10})
+        search.on_trial_complete(f"a{index}", {"status": "diverged", "step": 10})
     assert search.suggest("b") == search.FINISHED
 
 
@@ -277,8 +277,8 @@ def test_errors_and_trials_without_a_word_block_nothing():
         search.suggest(f"a{index}")
     search.on_trial_complete("a0", error=True)
     search.on_trial_complete("a1")
-    search.on_trial_complete("a2", {"standing": "done", "step": 90, "eval_loss": math.inf})
-    search.on_trial_complete("a3", {"standing": "failed", "step": 0})
+    search.on_trial_complete("a2", {"status": "done", "step": 90, "eval_loss": math.inf})
+    search.on_trial_complete("a3", {"status": "failed", "step": 0})
     assert search.suggest("b") == search.FINISHED
 
 
@@ -320,10 +320,10 @@ class Toy(tune.Trainable):
         lr = self.config["optim.lr"]
         if 3e-4 < lr < 4e-4:
             raise RuntimeError("boom")
-        standing = "diverged" if lr > 5e-3 else "done"
-        score = math.nan if standing == "diverged" else loss_of(self.config)
+        status = "diverged" if lr > 5e-3 else "done"
+        score = math.nan if status == "diverged" else loss_of(self.config)
         return {
-            "eval_loss": score, "step": self.iteration + 1, "standing": standing, "done": True,
+            "eval_loss": score, "step": self.iteration + 1, "status": status, "done": True,
             "name": self.trial_name, "lr": lr,
         }  # fmt: skip
 

@@ -16,11 +16,13 @@ import pytest
 from test_one_driver import take_lease
 
 from rayft.cluster.connect import connected
+from rayft.compose.data import prepare_data
 from rayft.compose.offline import evaluate_run
 from rayft.config.load import load
+from rayft.config.space import applied
 from rayft.core.errors import DivergedError, InUseError, RayftError
 from rayft.records.ledger import read_ledger
-from rayft.records.run_record import RunRecord, SweepRecord
+from rayft.records.run_record import RunRecord, SweepRecord, stored
 from rayft.storage import lease
 from rayft.storage.folder import Storage
 from rayft.sweeps.driver import sweep
@@ -100,6 +102,23 @@ def test_a_sweep_from_start_to_end(whole):
     kept = [path.parent.name for path in (folder / "s/trials").glob("*/checkpoints/*")]
     assert set(kept) <= {record.best["trial"], "checkpoints"}
     assert len(list((folder / "s/trials").glob("*/metrics.jsonl"))) == 7
+
+
+def test_trials_that_read_other_tokens_get_their_own_data(tmp_path):
+    """What the space says of masks is trained: the data of each is that of a run of its own."""
+    space = {"objective.train_on_prompt": {"choice": [False, True]}}
+    block = {"space": space, "trials": 2, "search": "grid", "scheduler": "none", "slots": 1}
+    run = load(config(tmp_path, block, train=BASE["train"] | {"steps": 4}))
+    assert sweep(run).status == "done"
+    hashes, tokens = set(), set()
+    for trial in read_ledger(home(tmp_path)).trials.values():
+        own = applied(run, trial.params, name=trial.id)
+        mapper = lambda function, items: [function(item) for item in items]  # noqa: E731
+        record = stored(home(tmp_path).child("trials", trial.id))
+        assert record.data_hash == prepare_data(own, mapper).hash
+        hashes.add(record.data_hash)
+        tokens.add(trial.reports[-1].metrics["tokens"])
+    assert len(hashes) == len(tokens) == 2
 
 
 def test_the_winner_is_what_rayft_train_makes_of_its_config(whole, tmp_path):

@@ -45,8 +45,8 @@ def book(tmp_path):
     made.close()
 
 
-def result(step, loss, standing="running", **more):
-    told = TrialReport("t", step, {"eval_loss": loss, "base_loss": 6.0, "seconds": 1.0}, standing)
+def result(step, loss, status="running", **more):
+    told = TrialReport("t", step, {"eval_loss": loss, "base_loss": 6.0, "seconds": 1.0}, status)
     return (
         tune_result(told, "eval_loss", "min") | {"timestamp": 1, "pid": 2, "trial_id": "x"} | more
     )
@@ -172,7 +172,7 @@ def trial_folder(book, name, lr, **facts):
     record = RunRecord(name, "running", run.resolved(), run.digest(), base={"eval_loss": 6.0})
     home = book.home.child("trials", name)
     home.write_text("run.json", replace(record, **facts).to_json())
-    if facts.get("status") != "interrupted":
+    if facts.get("status") != "stopped":
         home.write_text("checkpoints/step-20-100001xa/COMMIT.json", "{}")
 
 
@@ -196,7 +196,7 @@ def again(book):
 ENDS = {
     "done": {"status": "done", "steps": 20, "eval": {"eval_loss": 3.5}, "tokens": 7},
     "diverged": {"status": "diverged", "steps": 12, "error": "loss nan"},
-    "stopped": {"status": "interrupted", "steps": 10},
+    "stopped": {"status": "stopped", "steps": 10},
 }
 
 
@@ -204,8 +204,8 @@ ENDS = {
 def test_a_finished_trial_whose_last_line_is_damaged_stays_finished(end, book):
     book.started("t0001", {"optim.lr": 1e-3})
     book.reported("t0001", {"optim.lr": 1e-3}, result(10, 4.0))
-    standing = {"done": "done", "diverged": "diverged", "stopped": "running"}[end]
-    book.ended("t0001", {"optim.lr": 1e-3}, result(ENDS[end]["steps"], 3.5, standing))
+    status = {"done": "done", "diverged": "diverged", "stopped": "running"}[end]
+    book.ended("t0001", {"optim.lr": 1e-3}, result(ENDS[end]["steps"], 3.5, status))
     assert book.ledger.trials["t0001"].status == end
     trial_folder(book, "t0001", 1e-3, **ENDS[end])
     hit(book.home, 4)
