@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from rayft.compose.arithmetic import settled
 from rayft.compose.assemble import RunParts, assemble
 from rayft.compose.data import open_corpus
 from rayft.compose.gradient_check import GradientCheck
-from rayft.compose.job import AttemptJob, AttemptOutcome, DriverSignals
+from rayft.compose.job import AttemptJob, AttemptOutcome, DriverSignals, ProgressEvent
 from rayft.compose.loop import LoopHooks, LoopProgress, StepRunner, StepSchedule, train
 from rayft.compose.publish import EXPORT, choose_commit, publish
 from rayft.compose.session import RunSession, peak_memory
@@ -38,7 +37,7 @@ def execute(
     hush()
     run, said = settled(Run.model_validate(job.config), device)
     if said and rank == 0:
-        signals.progress({"kind": "warn", "step": 0, "text": said})
+        signals.progress(ProgressEvent("warn", text=said))
     storage = Storage.open(run.storage).child(run.name).existing()
     parts = assemble(run, open_corpus(run, job.data_dir, job.data_hash), device)
     session = RunSession(job, parts, storage, signals, began)
@@ -61,7 +60,7 @@ def execute(
     # The last collective: no rank waits in one, and runs into its timeout, while rank 0 exports.
     outcome = _outcome(status, session)
     if status == "done" and rank == 0 and job.export:
-        signals.progress({"kind": "export", "step": progress.step})
+        signals.progress(ProgressEvent("export", progress.step))
         record = _record(job, storage, parts, progress)
         publish(parts.built, record, choose_commit(storage, record), storage.child(EXPORT))
     return outcome
@@ -84,15 +83,15 @@ def _begin(job: AttemptJob, session: RunSession, schedule: StepSchedule) -> None
     session.save(session.progress.step, session.progress.best is not None)
 
 
-def _started(parts: RunParts, progress: LoopProgress) -> dict[str, Any]:
-    return {
-        "kind": "start",
-        "step": progress.step,
-        "steps": parts.steps,
-        "params_total": parts.params_total,
-        "params_trainable": parts.params_trainable,
-        "groups": [group.name for group in parts.built.groups],
-    }
+def _started(parts: RunParts, progress: LoopProgress) -> ProgressEvent:
+    return ProgressEvent(
+        "start",
+        progress.step,
+        parts.steps,
+        groups=tuple(group.name for group in parts.built.groups),
+        params_total=parts.params_total,
+        params_trainable=parts.params_trainable,
+    )
 
 
 def _record(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,26 @@ class AttemptOutcome:
     params_trainable: int = 0
 
 
+EventKind = Literal["start", "step", "eval", "save", "warn", "note", "export"]
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """What happens in a run, as its driver hears of it; plain, picklable data."""
+
+    kind: EventKind
+    step: int = 0  # finished optimizer steps
+    steps: int = 0  # of the whole run; 0: not said
+    text: str = ""  # of a warning or a note
+    numbers: dict[str, float] = field(default_factory=dict)
+    """Of a step (loss, grad_norm, tokens, tokens_per_s, memory, seconds) or an evaluation
+    (eval_loss, eval_ppl, eval_loss/TASK)."""
+    lr: dict[str, float] = field(default_factory=dict)  # of a step, by parameter group
+    groups: tuple[str, ...] = ()  # at the start: names of the parameter groups
+    params_total: int = 0  # at the start
+    params_trainable: int = 0  # at the start
+
+
 class DriverSignals(Protocol):
     """The worker's line to the driver."""
 
@@ -56,9 +76,8 @@ class DriverSignals(Protocol):
         """True once the driver asked for a stop; cheap enough for every step."""
         ...
 
-    def progress(self, event: dict[str, Any]) -> None:
-        """Send one event, fire and forget; rank 0 only. `kind`: start | step | eval | save | warn |
-        export."""
+    def progress(self, event: ProgressEvent) -> None:
+        """Send one event, fire and forget; rank 0 only."""
         ...
 
 

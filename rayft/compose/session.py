@@ -19,7 +19,7 @@ from rayft.checkpoint.reader import Commit, donated, find_commit, load_commit
 from rayft.checkpoint.writer import REFUSED, CheckpointWriter
 from rayft.compose.assemble import RunParts
 from rayft.compose.evaluate import evaluate
-from rayft.compose.job import AttemptJob, DriverSignals
+from rayft.compose.job import AttemptJob, DriverSignals, EventKind, ProgressEvent
 from rayft.compose.loop import LoopProgress, StepResult, StepSchedule
 from rayft.core.address import above
 from rayft.core.errors import PermanentStorageError, StorageError
@@ -179,7 +179,7 @@ class RunSession:
         return None, bad
 
     def _warn(self, step: int, text: str) -> None:
-        self.signals.progress({"kind": "warn", "step": step, "text": text})
+        self.signals.progress(ProgressEvent("warn", step, text=text))
 
     # ---- the loop's hooks
 
@@ -287,12 +287,13 @@ class RunSession:
         committed = self.writer.committed
         if committed != self.told:
             self.told = committed
-            stalled = self.writer.stats.stall_seconds
-            self.signals.progress({"kind": "save", "step": committed, "stall": stalled})
+            self.signals.progress(ProgressEvent("save", committed))
 
-    def _record(self, kind: str, line: dict[str, Any]) -> None:
+    def _record(self, kind: EventKind, line: dict[str, Any]) -> None:
         """Rank 0: to storage and to the driver."""
         if self.metrics is not None:
             self.lease.check()
             self.metrics.append(line)
-        self.signals.progress({**line, "kind": kind, "steps": self.parts.steps})
+        numbers = {name: float(v) for name, v in line.items() if isinstance(v, int | float)}
+        step, lr = int(numbers.pop("step")), line.get("lr", {})
+        self.signals.progress(ProgressEvent(kind, step, self.parts.steps, numbers=numbers, lr=lr))

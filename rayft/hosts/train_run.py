@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from rayft.cluster.interrupt import Interrupt
-from rayft.compose.job import PreparedData
+from rayft.compose.job import PreparedData, ProgressEvent
 from rayft.config.run import Run
 from rayft.core.errors import DivergedError, InterruptedRun, InUseError, RayftError
 from rayft.records.run_record import RunRecord, Status, stored
@@ -165,15 +165,15 @@ class _EventRelay:
         workers = run.scale.workers
         self._workers = workers[1] if isinstance(workers, tuple) else workers
 
-    def show(self, event: dict[str, Any]) -> None:
-        kind = event["kind"]
+    def show(self, event: ProgressEvent) -> None:
+        kind, numbers = event.kind, event.numbers
         if kind in ("start", "step", "eval"):
-            self._step = int(event["step"])
+            self._step = event.step
         if kind == "start":
-            self._metrics["params_trainable"] = float(event["params_trainable"])
+            self._metrics["params_trainable"] = float(event.params_trainable)
         elif kind == "step":
             taken = ("loss", "tokens", "memory")
-            self._metrics |= {name: float(event[name]) for name in taken if name in event}
+            self._metrics |= {name: numbers[name] for name in taken if name in numbers}
         elif kind == "eval":
             self._evaluated(event)
 
@@ -192,19 +192,20 @@ class _EventRelay:
         """The last report."""
         return TrialReport(self._run.name, self._step, dict(self._metrics), status, error)
 
-    def _evaluated(self, event: dict[str, Any]) -> None:
-        found = {name: float(v) for name, v in event.items() if name.startswith("eval_")}
+    def _evaluated(self, event: ProgressEvent) -> None:
+        numbers = event.numbers
+        found = {name: value for name, value in numbers.items() if name.startswith("eval_")}
         if self._step == 0:
             self._base = found["eval_loss"]
         if self._base is None:  # continued: the record knows
             self._base = self._known_base()
         self._metrics |= found
-        self._metrics["seconds"] = float(event["seconds"]) * max(self._workers, 1)
+        self._metrics["seconds"] = numbers["seconds"] * max(self._workers, 1)
         self._metrics["base_loss"] = self._base
         loss = found["eval_loss"]
         if not (math.isfinite(loss) and loss <= self._limit * self._base):
             self._diverge(f"held-out loss {loss:.4g}, the base model has {self._base:.4g}")
-        elif 0 < self._step < int(event["steps"]):  # the last one is told with the end
+        elif 0 < self._step < event.steps:  # the last one is told with the end
             self.reported = self._step
             self._tell(TrialReport(self._run.name, self._step, dict(self._metrics)))
 

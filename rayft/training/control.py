@@ -17,7 +17,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-Event = dict[str, Any]
+from rayft.compose.job import ProgressEvent
+
 PERIOD = 0.5  # seconds between two exchanges
 KEPT = 10_000  # events held back while one side is slow; the oldest are dropped
 ORPHANED = 3  # exit code of a worker that lost its driver
@@ -25,15 +26,15 @@ ORPHANED = 3  # exit code of a worker that lost its driver
 
 class _ControlActor:
     def __init__(self) -> None:
-        self._events: deque[Event] = deque(maxlen=KEPT)
+        self._events: deque[ProgressEvent] = deque(maxlen=KEPT)
         self._stop = False
 
-    def exchange(self, events: list[Event]) -> bool:
+    def exchange(self, events: list[ProgressEvent]) -> bool:
         """The worker's call: hand over events, learn whether to stop."""
         self._events.extend(events)
         return self._stop
 
-    def drain(self) -> list[Event]:
+    def drain(self) -> list[ProgressEvent]:
         """The driver's call: take what has come in."""
         events = list(self._events)
         self._events.clear()
@@ -59,7 +60,7 @@ class DriverControl:
             .remote()
         )
 
-    def drain(self) -> list[Event]:
+    def drain(self) -> list[ProgressEvent]:
         """Events since the last call."""
         return ray.get(self._actor.drain.remote(), timeout=60)
 
@@ -78,7 +79,7 @@ class WorkerSignals:
 
     def __init__(self, name: str, rank: int) -> None:
         self.step: int | None = None  # last finished step, as far as the events say
-        self._events: deque[Event] = deque(maxlen=KEPT)
+        self._events: deque[ProgressEvent] = deque(maxlen=KEPT)
         self._stop = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -93,10 +94,10 @@ class WorkerSignals:
         """Whether the driver asked for a stop; reads a flag."""
         return self._stop.is_set()
 
-    def progress(self, event: Event) -> None:
+    def progress(self, event: ProgressEvent) -> None:
         """Queue one event; never blocks."""
-        if event["kind"] in ("start", "step"):
-            self.step = int(event.get("step", 0))
+        if event.kind in ("start", "step"):
+            self.step = event.step
         if self._thread is not None:
             self._events.append(event)
 

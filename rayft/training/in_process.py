@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rayft.cluster.interrupt import Interrupt
-from rayft.compose.job import AttemptJob, AttemptOutcome
+from rayft.compose.job import AttemptJob, AttemptOutcome, ProgressEvent
 from rayft.core.errors import InterruptedRun
 from rayft.core.process import remove_dead, temporary
 from rayft.training.failure import WorkerFailed, caught
@@ -33,7 +33,7 @@ class _LocalSignals:
             raise InterruptedRun("stopped at once, without a save")
         return self._interrupt.asked
 
-    def progress(self, event: dict[str, Any]) -> None:
+    def progress(self, event: ProgressEvent) -> None:
         self._state.hear([event])
 
 

@@ -26,15 +26,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rayft.cluster.driver_context import DriverContext, passed_on
 from rayft.cluster.interrupt import Interrupt
 from rayft.cluster.preflight import resources
-from rayft.compose.job import AttemptJob, AttemptOutcome
+from rayft.compose.job import AttemptJob, AttemptOutcome, ProgressEvent
 from rayft.config.run import ScaleSpec
 from rayft.core.address import redact
 from rayft.core.process import temporary
-from rayft.training.control import DriverControl, Event
+from rayft.training.control import DriverControl
 from rayft.training.failure import AttemptFailure, WorkerFailed, at_step, caught, first
 from rayft.training.types import Engine
 from rayft.training.worker import WorkerTask, work
 
+STOPPING = "stopping after this step; once more to stop at once"
 PERIOD = 0.2  # seconds between two looks at signals and events
 COLLECTIVE_TIMEOUT = 1800  # seconds a collective may take before the process group fails
 PLACEMENTS = 1  # further tries of 60 s each to place the workers of an attempt
@@ -50,7 +51,7 @@ def launch(
     engine: Engine | None,
     patient: bool,
     interrupt: Interrupt,
-    heard: Callable[[list[Event]], int | None],
+    heard: Callable[[list[ProgressEvent]], int | None],
 ) -> AttemptOutcome:
     """Run `job` on `workers` workers until it ends.
 
@@ -131,7 +132,7 @@ def _follow(
     fit: _FitThread,
     control: DriverControl,
     interrupt: Interrupt,
-    heard: Callable[[list[Event]], int | None],
+    heard: Callable[[list[ProgressEvent]], int | None],
 ) -> AttemptOutcome:
     """Pass events on and signals down until the attempt ends."""
     told = False
@@ -144,7 +145,7 @@ def _follow(
             )
         if interrupt.asked and not told:
             control.stop()
-            heard([{"kind": "warn", "text": "stopping after this step; once more to stop at once"}])
+            heard([ProgressEvent("warn", text=STOPPING)])
             told = True
     step = heard(control.drain())
     if fit.error is not None:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from rayft.compose.job import ProgressEvent
 from rayft.core.console import LastingStream, say
 
 PERIOD = 5.0  # seconds between two plain lines
 SHARE = 0.1  # of the run between two plain lines, when that is longer
-Event = dict[str, Any]
 
 
 class ProgressView(Protocol):
     """Shows events."""
 
-    def show(self, event: Event) -> None:
-        """One event of kind start | step | eval | save | warn | export."""
+    def show(self, event: ProgressEvent) -> None:
+        """One event."""
         ...
 
     def close(self) -> None:
@@ -48,15 +48,15 @@ class StepPace:
         self._saved: float | None = None
         self.total = 0
 
-    def note(self, event: Event) -> None:
-        """Take the times of an event."""
-        self.total = int(event.get("steps", self.total))
-        if event["kind"] == "start":
+    def take(self, event: ProgressEvent) -> None:
+        """Keep the times of an event."""
+        self.total = event.steps or self.total
+        if event.kind == "start":
             self._first = None  # counted from the end of the first step, which warms things up
-        elif event["kind"] == "save":
+        elif event.kind == "save":
             self._saved = self._clock()
-        elif event["kind"] == "step" and self._first is None:
-            self._first = (int(event["step"]), self._clock())
+        elif event.kind == "step" and self._first is None:
+            self._first = (event.step, self._clock())
 
     def left(self, step: int) -> float | None:
         """Seconds to the end; None before it can be known."""
@@ -81,12 +81,12 @@ class ProgressLines:
         self._pace = StepPace(clock)
         self._shown: tuple[int, float] | None = None
 
-    def show(self, event: Event) -> None:
-        self._pace.note(event)
-        if event["kind"] != "step":
+    def show(self, event: ProgressEvent) -> None:
+        self._pace.take(event)
+        if event.kind != "step":
             self._out(other_line(event))
-        elif self._due(int(event["step"])):
-            self._shown = (int(event["step"]), self._clock())
+        elif self._due(event.step):
+            self._shown = (event.step, self._clock())
             self._out(step_line(event, self._pace))
 
     def close(self) -> None:
@@ -108,9 +108,9 @@ class LiveProgress:
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._live.start()
 
-    def show(self, event: Event) -> None:
-        self._pace.note(event)
-        if event["kind"] == "step":
+    def show(self, event: ProgressEvent) -> None:
+        self._pace.take(event)
+        if event.kind == "step":
             self._live.update(Text(step_line(event, self._pace), no_wrap=True))
         else:
             self._console.print(Text(other_line(event)))
@@ -120,18 +120,19 @@ class LiveProgress:
         self._live.stop()
 
 
-def step_line(event: Event, pace: StepPace) -> str:
+def step_line(event: ProgressEvent, pace: StepPace) -> str:
     """`step 120/1000  loss 2.1310  lr 2.0e-04  5.1k tok/s  1.2 GiB  left 3m10s  saved 12s ago`."""
-    step = int(event["step"])
+    step = event.step
     parts = [f"step {step}" + (f"/{pace.total}" if pace.total else "")]
-    if "loss" in event:
-        parts.append(f"loss {event['loss']:.4f}")
-    if event.get("lr"):
-        parts.append(_rates(event["lr"]))
-    if event.get("tokens_per_s"):
-        parts.append(f"{si(event['tokens_per_s'])} tok/s")
-    if event.get("memory"):
-        parts.append(f"{event['memory'] / 2**30:.2f} GiB")
+    numbers = event.numbers
+    if "loss" in numbers:
+        parts.append(f"loss {numbers['loss']:.4f}")
+    if event.lr:
+        parts.append(_rates(event.lr))
+    if numbers.get("tokens_per_s"):
+        parts.append(f"{si(numbers['tokens_per_s'])} tok/s")
+    if numbers.get("memory"):
+        parts.append(f"{numbers['memory'] / 2**30:.2f} GiB")
     left, saved = pace.left(step), pace.saved()
     if left is not None and step < pace.total:
         parts.append(f"left {clock(left)}")
@@ -146,30 +147,29 @@ def _rates(lr: dict[str, float]) -> str:
     return "lr " + " ".join(f"{group}={value:.1e}" for group, value in lr.items())
 
 
-def other_line(event: Event) -> str:
+def other_line(event: ProgressEvent) -> str:
     """One line for anything but a step."""
-    kind = event["kind"]
+    kind = event.kind
     if kind in ("warn", "note"):
-        return f"{'warning: ' * (kind == 'warn')}{event['text']}"
-    return f"step {event.get('step', 0)}  {_KINDS[kind](event)}".rstrip()
+        return f"{'warning: ' * (kind == 'warn')}{event.text}"
+    return f"step {event.step}  {_KINDS[kind](event)}".rstrip()
 
 
-def _start(event: Event) -> str:
-    parts = [f"of {event.get('steps', 0)}"]
-    if "params_trainable" in event:
-        trained, total = event["params_trainable"], event["params_total"]
-        parts.append(f"{trained:,} of {total:,} parameters train")
-    if event.get("groups"):
-        parts.append(f"groups {', '.join(event['groups'])}")
+def _start(event: ProgressEvent) -> str:
+    parts = [f"of {event.steps}"]
+    if event.params_trainable:
+        parts.append(f"{event.params_trainable:,} of {event.params_total:,} parameters train")
+    if event.groups:
+        parts.append(f"groups {', '.join(event.groups)}")
     return "  ".join(parts)
 
 
-def _eval(event: Event) -> str:
-    found = {k: v for k, v in event.items() if k.startswith(("eval_loss", "eval_ppl"))}
+def _eval(event: ProgressEvent) -> str:
+    found = {k: v for k, v in event.numbers.items() if k.startswith(("eval_loss", "eval_ppl"))}
     return "eval  " + "  ".join(f"{name} {value:.4f}" for name, value in found.items())
 
 
-_KINDS: dict[str, Callable[[Event], str]] = {
+_KINDS: dict[str, Callable[[ProgressEvent], str]] = {
     "start": _start,
     "eval": _eval,
     "save": lambda event: "saved",

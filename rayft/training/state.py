@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rayft.checkpoint.folders import give_up, last_attempt
-from rayft.compose.job import AttemptJob, AttemptOutcome, PreparedData
+from rayft.compose.job import AttemptJob, AttemptOutcome, PreparedData, ProgressEvent
 from rayft.config.run import Run
 from rayft.core.errors import (
     DataError,
@@ -27,7 +27,7 @@ from rayft.storage.folder import Storage
 from rayft.training.attempts import GiveUp, RetryAfter
 from rayft.training.earlier_record import RECORD, earlier_record
 from rayft.training.failure import AttemptFailure, first_line
-from rayft.training.progress import Event, ProgressView
+from rayft.training.progress import ProgressView
 from rayft.training.trackers import Trackers
 
 BAD_ROWS = "bad_rows.jsonl"
@@ -150,7 +150,7 @@ class RunState:
             lease=self.lease,
         )
 
-    def hear(self, events: Sequence[Event]) -> int | None:
+    def hear(self, events: Sequence[ProgressEvent]) -> int | None:
         """Take events; the last finished step of this attempt, None before it is known."""
         for event in events:
             self._view.show(event)
@@ -159,22 +159,22 @@ class RunState:
             self._take(event)
         return self._step
 
-    def _take(self, event: Event) -> None:
-        if event["kind"] in ("start", "save"):
-            self._saved = int(event.get("step", 0))
-        if event["kind"] in ("start", "step"):
-            self._step = int(event.get("step", 0))
-            self.reached = max(self.reached, self._step)
-        elif event["kind"] == "save":
-            self._write(steps=max(self.record.steps, int(event["step"])))
+    def _take(self, event: ProgressEvent) -> None:
+        if event.kind in ("start", "save"):
+            self._saved = event.step
+        if event.kind in ("start", "step"):
+            self._step = event.step
+            self.reached = max(self.reached, event.step)
+        elif event.kind == "save":
+            self._write(steps=max(self.record.steps, event.step))
 
     def warn(self, text: str) -> None:
         """One warning line."""
-        self._view.show({"kind": "warn", "text": text})
+        self._view.show(ProgressEvent("warn", text=text))
 
     def note(self, text: str) -> None:
         """One plain line."""
-        self._view.show({"kind": "note", "text": text})
+        self._view.show(ProgressEvent("note", text=text))
 
     def failed(self, failure: AttemptFailure, verdict: RetryAfter | GiveUp) -> str:
         """Keep the traceback, say what happens next; where the traceback lies."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
 
 from ray.util.metrics import Gauge
+
+from rayft.compose.job import ProgressEvent
 
 _NAMES = {
     "step": "Finished optimizer steps",
@@ -34,9 +35,9 @@ class RayGauges:
         self._saved = time.monotonic()
         self._next = 0.0
 
-    def observe(self, event: dict[str, Any]) -> None:
+    def observe(self, event: ProgressEvent) -> None:
         """Take the numbers of one event; steps at most once per PERIOD."""
-        kind = event["kind"]
+        kind = event.kind
         if kind == "save":
             self._saved = time.monotonic()
         if kind not in ("step", "eval"):
@@ -46,10 +47,10 @@ class RayGauges:
             return
         self._next = now + PERIOD
         for name, gauge in self._gauges.items():
-            value = event.get(name)
-            if isinstance(value, int | float) and math.isfinite(value):
+            value = float(event.step) if name == "step" else event.numbers.get(name, math.nan)
+            if math.isfinite(value):
                 gauge.set(value)
-        for group, lr in event.get("lr", {}).items():
+        for group, lr in event.lr.items():
             self._lr.set(lr, tags={"group": group})
         self._age.set(now - self._saved)
 

@@ -12,15 +12,15 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
+from rayft.compose.job import ProgressEvent
 from rayft.config.override import flattened
 from rayft.config.run import Run
 from rayft.core.address import redact
 from rayft.core.errors import ConfigError
 from rayft.storage.folder import Storage
 
-Event = dict[str, Any]
 KEPT = 10_000  # events waiting per tracker
 LAST_WORDS = 10.0  # seconds a tracker gets at the end
 _PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
@@ -126,12 +126,12 @@ class Trackers:
             for name in run.trackers
         ]
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event: ProgressEvent) -> None:
         """Pass on the numbers of a step or an evaluation; never blocks, never raises."""
-        if event["kind"] in ("step", "eval") and self._feeds:
+        if event.kind in ("step", "eval") and self._feeds:
             values = dict(numbers(event))
             for feed in self._feeds:
-                feed.put(int(event["step"]), values)
+                feed.put(event.step, values)
 
     def close(self) -> None:
         """Give every tracker a bounded time to finish."""
@@ -167,9 +167,9 @@ class _TrackerFeed:
             self._warn(redact(f"tracker {self._name} stopped: {type(error).__name__}: {error}"))
 
 
-def numbers(event: Event) -> Iterator[tuple[str, float]]:
+def numbers(event: ProgressEvent) -> Iterator[tuple[str, float]]:
     """(name, value) of every finite number of an event: loss, lr/<group>, eval_loss, ..."""
-    numbers = {k: v for k, v in event.items() if k not in ("kind", "step")}
-    for name, value in flattened(numbers, join="/").items():
-        if isinstance(value, int | float) and math.isfinite(value):
-            yield name, float(value)
+    rates = {f"lr/{group}": rate for group, rate in event.lr.items()}
+    for name, value in {**event.numbers, **rates}.items():
+        if math.isfinite(value):
+            yield name, value

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rayft.cluster.driver_context import DriverContext
-from rayft.compose.job import AttemptJob
+from rayft.compose.job import AttemptJob, ProgressEvent
 from rayft.config.run import Run
 from rayft.core.errors import RayftError
 from rayft.training.control import WorkerSignals
@@ -43,7 +43,7 @@ class WatchedSignals:
     def stop_requested(self) -> bool:
         return self._signals.stop_requested()
 
-    def progress(self, event: dict[str, Any]) -> None:
+    def progress(self, event: ProgressEvent) -> None:
         self._gauges.observe(event)
         self._signals.progress(event)
 

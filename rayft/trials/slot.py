@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rayft.compose.gradient_check import GroupMovement, no_gradient
+from rayft.compose.job import ProgressEvent
 from rayft.compose.loop import StepResult, StepSchedule, check_finite
 from rayft.compose.session import RunSession
 from rayft.compose.step import PREFIX
@@ -50,10 +50,10 @@ class QuietSignals:
         """Never: a trial leaves its pack instead."""
         return False
 
-    def progress(self, event: dict[str, Any]) -> None:
+    def progress(self, event: ProgressEvent) -> None:
         """Only warnings matter here; the pack tells the rest."""
-        if event["kind"] == "warn":
-            log.warning("step %s: %s", event.get("step", "?"), event["text"])
+        if event.kind == "warn":
+            log.warning("step %s: %s", event.step, event.text)
 
 
 class SlotGenerators:

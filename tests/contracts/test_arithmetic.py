@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rayft.compose.arithmetic import SLOW, bf16_slowdown, settled
+from rayft.compose.job import ProgressEvent
 from tests.packs import CPU, Lab, Silent, finish, losses
 
 BF16 = "model.dtype=bf16"
@@ -65,7 +66,7 @@ class Heard(Silent):
 
     def __init__(self) -> None:
         super().__init__()
-        self.events: list[dict] = []
+        self.events: list[ProgressEvent] = []
 
     def progress(self, event: dict) -> None:
         self.events.append(event)
@@ -81,8 +82,8 @@ def test_a_run_and_a_pack_begin_with_the_line_and_compute_in_fp32(lab, takes, ca
     lab.solo(plain)
     lab.solo(solo, signals=heard)
     first = heard.events[0]
-    assert first["kind"] == "warn" and "3.0 times as slow" in first["text"]
-    assert [event["kind"] for event in heard.events].count("warn") == 1
+    assert first.kind == "warn" and "3.0 times as slow" in first.text
+    assert [event.kind for event in heard.events].count("warn") == 1
     assert losses(solo) == losses(plain)  # the base is stored in fp32
     finish(lab.pack(packed))
     assert losses(packed) == pytest.approx(losses(plain), rel=1e-5)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 import rayft.training.driver
 from rayft import cli, unexpected
+from rayft.compose.job import ProgressEvent
 from rayft.core.console import LastingStream
 from rayft.core.errors import ConfigError, RayftError
 from rayft.training.progress import LiveProgress
@@ -107,8 +108,8 @@ def test_a_lost_terminal_does_not_end_a_run() -> None:
     with os.fdopen(side, "w") as stream:
         view = LiveProgress(Console(file=LastingStream(stream)))
         os.close(main)
-        view.show({"kind": "step", "step": 1, "loss": 1.0})
-        view.show({"kind": "warn", "text": "[/bold]"})
+        view.show(ProgressEvent("step", 1, numbers={"loss": 1.0}))
+        view.show(ProgressEvent("warn", text="[/bold]"))
         view.close()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,19 @@ RAY_FILES = {
     "search": {"searcher"},
     "sweeps": {"callback", "cluster", "driver", "schedule", "scheduler_replay", "trial", "tuner"},
 }
+
+
+def test_class_names_are_found_once_and_mostly_two_words() -> None:
+    """One word only where it is the field's own name for the thing."""
+    names = [
+        node.name.strip("_")
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert [name for name, times in Counter(names).items() if times > 1] == []
+    one = [name for name in names if len(re.findall(r"[A-Z][a-z0-9]*", name)) < 2]
+    assert len(one) <= len(names) / 6, sorted(one)
 
 
 def test_no_room_hides_a_function_of_the_api() -> None:

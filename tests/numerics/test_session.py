@@ -16,7 +16,7 @@ from rayft.checkpoint.folders import names, order
 from rayft.checkpoint.reader import find_commit
 from rayft.compose.assemble import assemble
 from rayft.compose.data import open_corpus, prepare_data
-from rayft.compose.job import AttemptJob
+from rayft.compose.job import AttemptJob, ProgressEvent
 from rayft.compose.offline import evaluate_run
 from rayft.compose.publish import choose_commit, publish
 from rayft.compose.session import RunSession
@@ -50,12 +50,12 @@ class Heard:
     """Signals that keep what they are told."""
 
     def __init__(self) -> None:
-        self.events: list[dict] = []
+        self.events: list[ProgressEvent] = []
 
     def stop_requested(self) -> bool:
         return False
 
-    def progress(self, event: dict) -> None:
+    def progress(self, event: ProgressEvent) -> None:
         self.events.append(event)
 
 
@@ -139,8 +139,8 @@ def test_a_save_is_told_when_it_is_committed(tmp_path):
     one.progress.step = 2
     one.save(2, False)
     one.finish()
-    told = [event for event in one.signals.events if event["kind"] == "save"]
-    assert [event["step"] for event in told] == [2]
+    told = [event for event in one.signals.events if event.kind == "save"]
+    assert [event.step for event in told] == [2]
     assert (tmp_path / "small" / "checkpoints" / "step-2-1a" / "COMMIT.json").is_file()
 
 
@@ -151,7 +151,7 @@ def test_a_save_that_failed_is_not_told(tmp_path, monkeypatch):
     one.save(2, False)
     with pytest.raises(Exception, match="disk or the quota"):
         one.finish()
-    assert "save" not in {event["kind"] for event in one.signals.events}
+    assert "save" not in {event.kind for event in one.signals.events}
     one.abandon()
 
 

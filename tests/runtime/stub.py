@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rayft.compose.job import AttemptOutcome, PreparedData
+from rayft.compose.job import AttemptOutcome, PreparedData, ProgressEvent
 from rayft.core.errors import DivergedError
 
 SECONDS = 0.02  # per step
@@ -43,7 +43,7 @@ def execute(job, rank, world, device, signals):
     # Counted by what started: Ray may lose an attempt before it has any worker.
     started = (folder / "starts").read_text().splitlines()
     nth = str(len({line.split()[2] for line in started}))
-    signals.progress({"kind": "start", "step": step, "steps": total})
+    signals.progress(ProgressEvent("start", step, total))
     status = "done"
     while step < total:
         flag = torch.tensor([float(signals.stop_requested())])
@@ -55,7 +55,8 @@ def execute(job, rank, world, device, signals):
         misbehave(folder, rank, step + 1, nth)
         time.sleep(SECONDS)
         step += 1
-        signals.progress({"kind": "step", "step": step, "loss": 1 / step, "lr": {"all": 1e-3}})
+        numbers = {"loss": 1 / step}
+        signals.progress(ProgressEvent("step", step, numbers=numbers, lr={"all": 1e-3}))
         if step % every == 0 or step == total:
             save(folder, rank, step, signals)
     return AttemptOutcome(status, step, total, 10 * step, {"eval_loss": 1.0}, {"eval_loss": 2.0})
@@ -66,7 +67,7 @@ def save(folder, rank, step, signals):
     if rank == 0:
         (folder / "step.tmp").write_text(str(step))
         (folder / "step.tmp").rename(folder / "step")
-        signals.progress({"kind": "save", "step": step, "checkpoint": f"step-{step}"})
+        signals.progress(ProgressEvent("save", step))
 
 
 def misbehave(folder, rank, step, attempt):

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from rayft.compose.job import ProgressEvent
 from rayft.core.errors import ConfigError
 from rayft.training import trackers
 from rayft.training.progress import ProgressLines, StepPace, clock, si, step_line
@@ -18,18 +19,19 @@ class Clock:
 
 
 def step(number, **more):
-    return {"kind": "step", "step": number, "loss": 2.0, "lr": {"all": 1e-3}} | more
+    rates = more.pop("lr", {"all": 1e-3})
+    return ProgressEvent("step", number, numbers={"loss": 2.0} | more, lr=rates)
 
 
 def test_plain_lines_are_few_and_never_miss_an_event():
     time, out = Clock(), []
     lines = ProgressLines(out.append, time)
-    lines.show({"kind": "start", "step": 0, "steps": 1000})
+    lines.show(ProgressEvent("start", 0, 1000))
     for number in range(1, 1001):
         time.now += 0.1  # 100 s in all
         lines.show(step(number))
         if number % 250 == 0:
-            lines.show({"kind": "eval", "step": number, "eval_loss": 1.5})
+            lines.show(ProgressEvent("eval", number, numbers={"eval_loss": 1.5}))
     steps = [line for line in out if line.startswith("step") and "loss 2.0" in line]
     assert steps[0].startswith("step 1/1000") and steps[-1].startswith("step 1000/1000")
     assert len(steps) <= 22
@@ -39,7 +41,7 @@ def test_plain_lines_are_few_and_never_miss_an_event():
 def test_fast_runs_print_first_and_last():
     time, out = Clock(), []
     lines = ProgressLines(out.append, time)
-    lines.show({"kind": "start", "step": 0, "steps": 40})
+    lines.show(ProgressEvent("start", 0, 40))
     for number in range(1, 41):
         lines.show(step(number))
     assert len(out) == 3
@@ -48,11 +50,11 @@ def test_fast_runs_print_first_and_last():
 def test_the_line_has_all_that_matters():
     time = Clock()
     pace = StepPace(time)
-    pace.note({"kind": "start", "step": 99, "steps": 200})
+    pace.take(ProgressEvent("start", 99, 200))
     time.now = 3.0  # start-up and the first step say nothing about the rest
-    pace.note({"kind": "step", "step": 100, "steps": 200})
+    pace.take(ProgressEvent("step", 100, 200))
     time.now = 13.0
-    pace.note({"kind": "save", "step": 110})
+    pace.take(ProgressEvent("save", 110))
     time.now = 23.0
     line = step_line(
         step(120, lr={"lora_A": 1e-4, "lora_B": 1.6e-3}, tokens_per_s=5120.0, memory=3 * 2**29),
@@ -70,7 +72,8 @@ def test_units():
 
 
 def test_numbers_of_an_event():
-    event = {"kind": "step", "step": 3, "loss": 1.0, "lr": {"B": 2.0}, "grad_norm": float("nan")}
+    found = {"loss": 1.0, "grad_norm": float("nan")}
+    event = ProgressEvent("step", 3, numbers=found, lr={"B": 2.0})
     assert dict(numbers(event)) == {"loss": 1.0, "lr/B": 2.0}
 
 

@@ -11,7 +11,7 @@ import pytest
 import stub
 import torch.distributed as dist
 
-from rayft.compose.job import PreparedData
+from rayft.compose.job import PreparedData, ProgressEvent
 from rayft.core.errors import (
     ConfigError,
     DataError,
@@ -98,7 +98,7 @@ def test_failures_leave_status_error_and_traceback(a_run):
     run = a_run(**ALONE)
 
     def fail(job, rank, world, device, signals):
-        signals.progress({"kind": "start", "step": 2})
+        signals.progress(ProgressEvent("start", 2))
         raise RuntimeError("boom")
 
     with pytest.raises(RayftError) as caught:

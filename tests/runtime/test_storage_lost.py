@@ -56,8 +56,8 @@ def breaking(step: int, breaks):
             return self._signals.stop_requested()
 
         def progress(self, event):
-            if event["kind"] == "step":
-                done.append(event["step"])
+            if event.kind == "step":
+                done.append(event.step)
             self._signals.progress(event)
 
     def execute(job, rank, world, device, signals):
