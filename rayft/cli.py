@@ -229,15 +229,16 @@ def _summary(record: RunRecord, folder: str) -> list[str]:
 
 def _found(record: SweepRecord, folder: str) -> list[str]:
     """The last lines of a sweep."""
-    best = record.best or {}
+    best = record.best
     before = record.base.get(record.metric)
     base = "" if before is None else f" (base {before:.4f})"
     lines = [f"{record.name}: {record.status}, {record.seconds:.0f} s"]
-    lines.append(f"  best: {best['trial']}, {record.metric} {best['metric']:.4f}{base}")
-    lines += [
-        f"    {path}: {value:.6g}" if isinstance(value, float) else f"    {path}: {value}"
-        for path, value in best["params"].items()
-    ]
+    if best is not None:
+        lines.append(f"  best: {best.trial}, {record.metric} {best.metric:.4f}{base}")
+        lines += [
+            f"    {path}: {value:.6g}" if isinstance(value, float) else f"    {path}: {value}"
+            for path, value in best.params.items()
+        ]
     again = shlex.join(["rayft", "export", below(folder, "best"), "--merge"])
     lines += [f"  report: {below(folder, 'report.html')}", f"  next: {again}"]
     return lines

@@ -189,7 +189,7 @@ def has_dashboard() -> bool:
     return bool(ray._private.worker.get_dashboard_url())
 
 
-def hardware() -> dict[str, object]:
+def cluster_hardware() -> dict[str, object]:
     """What run.json says of the cluster."""
     living = nodes()
     total: dict[str, float] = {}

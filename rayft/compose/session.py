@@ -33,7 +33,7 @@ T = TypeVar("T")
 _LAST_SAVE_SECONDS = 15.0
 
 
-def agree(decide: Callable[[], T], rank: int, world: int) -> T:
+def decided_by_rank0(decide: Callable[[], T], rank: int, world: int) -> T:
     """What rank 0 decides, on every rank (plain picklable data)."""
     box: list[Any] = [decide() if rank == 0 else None]
     if world > 1:
@@ -123,7 +123,7 @@ class RunSession:
         Raises:
             DamagedError: there are commits, and every one is damaged.
         """
-        name, bad = agree(self._newest, self.rank, self.world)
+        name, bad = decided_by_rank0(self._newest, self.rank, self.world)
         if bad:
             raise all_damaged(self.storage, bad)
         if name is None:
@@ -157,7 +157,7 @@ class RunSession:
         """
         folder, name = above(source)
         donor = Storage.open(above(folder)[0])
-        chosen = agree(lambda: donated(donor, name), self.rank, self.world)
+        chosen = decided_by_rank0(lambda: donated(donor, name), self.rank, self.world)
         commit = load_commit(donor, chosen, verify=False)  # rank 0 has just verified it
         self.take(commit)
         self.progress.best = None

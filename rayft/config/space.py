@@ -15,7 +15,7 @@ from rayft.config.messages import Mistake, sentences
 from rayft.config.override import plain, put
 from rayft.config.parse import ConfigSource, Keys, dotted, split
 from rayft.config.run import Run
-from rayft.config.sweep import Domain, perturbable
+from rayft.config.sweep import Domain, SweepSpec, perturbable
 from rayft.config.validate import ruled, validated
 from rayft.core.errors import ConfigError
 
@@ -204,3 +204,15 @@ def _set(found: ConfigSource, params: Mapping[str, Any]) -> list[Mistake]:
         put(found, split(path), new, told)
     tidy(found, wrong)
     return [(keys, f"{dotted(keys)} {said}") for keys, said in wrong]
+
+
+def sweep_of(run: Run) -> SweepSpec:
+    """The sweep block of a run.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if run.sweep is None:
+        example = "add e.g. sweep: {space: {methods.0.rank: {choice: [8, 16, 32]}}}"
+        raise ConfigError("this config has no sweep block", where="sweep", fix=example)
+    return run.sweep

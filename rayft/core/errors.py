@@ -126,3 +126,9 @@ class InUseError(RayftError):
     that it is to be started again, and both are wrong while the other one lives."""
 
     label = "already running"
+
+
+def first_line(text: str) -> str:
+    """The first line that says something, at most 200 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:200] if lines else ""

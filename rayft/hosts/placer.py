@@ -21,6 +21,7 @@ from rayft.compose.job import AttemptJob, PreparedData
 from rayft.config.run import Run
 from rayft.config.space import applied
 from rayft.core.errors import RayftError
+from rayft.hosts.overview import HostsOverview
 from rayft.hosts.pack_actor import PackOpening
 from rayft.hosts.pack_pool import PackPool, PooledPack
 from rayft.hosts.placer_config import ATTEMPTS, PlacerConfig, prepare_trial_data
@@ -125,7 +126,7 @@ class TrialPlacer:
         if self._deaths[trial] >= DEATHS:
             raise RayftError(f"lost {DEATHS} times: {why}")
 
-    async def overview(self) -> dict[str, Any]:
+    async def overview(self) -> HostsOverview:
         """For people: packs by name with their numbers, how many trials wait, and news."""
         for pack in self._packs:
             if pack.key is not None and not pack.opening:
@@ -134,12 +135,12 @@ class TrialPlacer:
                 except (TimeoutError, ray.exceptions.RayError):
                     continue  # dead or busy: the last numbers stand
         news, self._news = self._news, []
-        return {
-            "news": news,
-            "packs": {p.name: {**p.stats, "trials": len(p.trials)} for p in self._packs if p.stats},
-            "waiting": self._packs.waiting,
-            "alone": sum(not isinstance(place, PooledPack) for place in self._where.values()),
-        }
+        return HostsOverview(
+            {p.name: {**p.stats, "trials": len(p.trials)} for p in self._packs if p.stats},
+            self._packs.waiting,
+            sum(not isinstance(place, PooledPack) for place in self._where.values()),
+            news,
+        )
 
     async def ready_host(self) -> Any:
         """A process that has torch loaded and is free for other work; None without packs."""

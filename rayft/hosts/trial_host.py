@@ -4,10 +4,13 @@ apart."""
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import Protocol
+from typing import Any, Protocol
 
 from rayft.records.run_record import Status
 from rayft.trials.types import TrialReport
+
+ActorHandle = Any
+"""Of a Ray actor; Ray's own types do not know the methods behind `.remote`."""
 
 
 class TrialHost(Protocol):

@@ -29,6 +29,8 @@ from rayft.storage.jsonl import LineAppender, read_log
 from rayft.storage.sealed import DamagedLines
 
 LEDGER = "trials.jsonl"
+TrialParams = dict[str, Any]
+"""{path of a config field: value}, as an override names it."""
 FACTS = ("trial", "time", "status", "step", "params", "error", "donor", "origin", "pack")
 """Keys of a line that are no metrics."""
 

@@ -90,6 +90,16 @@ def stored(run: Storage) -> RunRecord | None:
 
 
 @dataclass(frozen=True)
+class SweepWinner:
+    """The best report of a sweep."""
+
+    trial: str
+    step: int
+    metric: float
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class SweepRecord:
     """One sweep: what the ledger does not say; written to `<sweep>/sweep.json`."""
 
@@ -101,7 +111,7 @@ class SweepRecord:
     mode: str
     data_hash: str = ""
     base: dict[str, float] = field(default_factory=dict)  # evaluation of the base model
-    best: dict[str, Any] | None = None  # {"trial", "step", "metric", "params"}
+    best: SweepWinner | None = None
     refit: dict[str, Any] | None = None  # {"metric", "step", "seconds"} of the winner's last run
     seconds: float = 0.0  # wall clock over all starts of the sweep
     cost: dict[str, float] = field(default_factory=dict)

@@ -12,12 +12,13 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from rayft.config.run import Run
-from rayft.config.space import TRIES, applied, combination, drawn, params_of
-from rayft.config.sweep import Domain, SweepSpec
+from rayft.config.space import TRIES, applied, combination, drawn, params_of, sweep_of
+from rayft.config.sweep import Domain
 from rayft.core.errors import ConfigError
+from rayft.records.ledger import TrialParams
 
 LISTED = 10_000  # combinations looked through, one after another, for one that is still free
 
@@ -34,14 +35,14 @@ class TrialOutcome:
     base: float | None = None  # the base model's metric
 
 
-def key(params: Mapping[str, Any]) -> str:
+def key(params: TrialParams) -> str:
     """Equal for equal params; 1 and 1.0 differ."""
     return json.dumps(dict(params), sort_keys=True)
 
 
-def picks_of(space: Mapping[str, Domain], params: Mapping[str, Any]) -> dict[str, Any] | None:
+def picks_of(space: Mapping[str, Domain], params: TrialParams) -> TrialParams | None:
     """The inverse of `params_of`; None when the space does not hold these params."""
-    picks: dict[str, Any] = {}
+    picks: TrialParams = {}
     for name, domain in space.items():
         paths = list(domain.paired[0]) if domain.paired else [name]
         if any(path not in params for path in paths):
@@ -58,10 +59,38 @@ def picks_of(space: Mapping[str, Domain], params: Mapping[str, Any]) -> dict[str
     return picks
 
 
-class RandomSampler:
-    """At random, without repeating itself in a finite space. The base of all ways to draw."""
+class Sampler(Protocol):
+    """Where the values of new trials come from: `RandomSampler`, `GridSampler`, `TpeSampler`."""
 
-    def __init__(self, run: Run, taken: Sequence[Mapping[str, Any]]) -> None:
+    def ask(self, number: int) -> TrialParams | None:
+        """Params of trial `number` (from 1); None when a finite space has no more.
+
+        Raises:
+            ConfigError: no draw made a valid config; it names the last one and why.
+        """
+        ...
+
+    def bind(self, trial: str) -> None:
+        """What was asked for last runs as `trial`."""
+        ...
+
+    def resume(self, trial: str, params: TrialParams) -> None:
+        """`trial` is known and runs again."""
+        ...
+
+    def tell_past(self, params: TrialParams, outcome: TrialOutcome) -> None:
+        """What became of a trial that was over before this start."""
+        ...
+
+    def tell(self, trial: str, outcome: TrialOutcome) -> None:
+        """What became of `trial`."""
+        ...
+
+
+class RandomSampler:
+    """At random, without repeating itself in a finite space."""
+
+    def __init__(self, run: Run, taken: Sequence[TrialParams]) -> None:
         self._run, self._sweep = run, sweep_of(run)
         self._space = self._sweep.space
         self._taken = {key(params) for params in taken}
@@ -69,12 +98,7 @@ class RandomSampler:
         grids = {n: d.grid for n, d in self._space.items() if d.grid is not None}
         self._cycle = [dict(zip(grids, c, strict=True)) for c in itertools.product(*grids.values())]
 
-    def ask(self, number: int) -> dict[str, Any] | None:
-        """Params of trial `number`; None when a finite space has no more.
-
-        Raises:
-            ConfigError: no draw made a valid config; it names the last one and why.
-        """
+    def ask(self, number: int) -> TrialParams | None:
         for attempt in range(TRIES):
             params = params_of(self._space, self._pick(number, attempt))
             if self._new(params):
@@ -92,18 +116,18 @@ class RandomSampler:
         )
 
     def bind(self, trial: str) -> None:
-        """What was drawn last runs as `trial`."""
+        """Nothing is learned."""
 
-    def resume(self, trial: str, params: Mapping[str, Any]) -> None:
-        """`trial` is known and runs again."""
+    def resume(self, trial: str, params: TrialParams) -> None:
+        """Nothing is learned."""
 
-    def tell_past(self, params: Mapping[str, Any], outcome: TrialOutcome) -> None:
-        """A trial that is over."""
+    def tell_past(self, params: TrialParams, outcome: TrialOutcome) -> None:
+        """Nothing is learned."""
 
     def tell(self, trial: str, outcome: TrialOutcome) -> None:
-        """`trial` has ended."""
+        """Nothing is learned."""
 
-    def _pick(self, number: int, attempt: int) -> dict[str, Any]:
+    def _pick(self, number: int, attempt: int) -> TrialParams:
         """A value per dimension; a function of the seed and its arguments. Grids are gone through
         in order; the rest is drawn."""
         chance = random.Random(f"{self._run.seed}/{number}/{attempt}")
@@ -114,10 +138,10 @@ class RandomSampler:
     def _drop(self) -> None:
         """What was drawn last is not used."""
 
-    def _force(self, picks: dict[str, Any]) -> None:
+    def _force(self, picks: TrialParams) -> None:
         """These picks instead of what `_pick` would give."""
 
-    def _new(self, params: dict[str, Any]) -> bool:
+    def _new(self, params: TrialParams) -> bool:
         """Whether a trial may have these params; if so they are taken."""
         here = key(params)
         if here in self._refused or (here in self._taken and self._sweep.combinations is not None):
@@ -130,7 +154,7 @@ class RandomSampler:
         self._taken.add(here)
         return True
 
-    def _first_free(self, number: int) -> dict[str, Any] | None:
+    def _first_free(self, number: int) -> TrialParams | None:
         """The first combination that nobody has, from a random one on."""
         sizes = [domain.values or () for domain in self._space.values()]
         whole = math.prod(map(len, sizes))
@@ -146,12 +170,12 @@ class RandomSampler:
 class GridSampler(RandomSampler):
     """Every combination once: trial n is the n-th that makes a valid config."""
 
-    def __init__(self, run: Run, taken: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, run: Run, taken: Sequence[TrialParams]) -> None:
         super().__init__(run, ())  # what is taken follows from the numbers
-        self._valid: list[dict[str, Any]] = []
+        self._valid: list[TrialParams] = []
         self._rest = self._all()
 
-    def ask(self, number: int) -> dict[str, Any] | None:
+    def ask(self, number: int) -> TrialParams | None:
         while len(self._valid) < number:
             params = next(self._rest, None)
             if params is None:
@@ -159,14 +183,8 @@ class GridSampler(RandomSampler):
             self._valid.append(params)
         return self._valid[number - 1]
 
-    def _all(self) -> Iterator[dict[str, Any]]:
+    def _all(self) -> Iterator[TrialParams]:
         for index in range(self._sweep.combinations or 0):
             params = params_of(self._space, combination(self._space, index))
             if self._new(params):
                 yield params
-
-
-def sweep_of(run: Run) -> SweepSpec:
-    if run.sweep is None:
-        raise ConfigError("this config has no sweep block", where="sweep")
-    return run.sweep

@@ -12,9 +12,10 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from rayft.config.run import Run
+from rayft.config.space import sweep_of
 from rayft.config.sweep import GridSpec, OptunaSpec
-from rayft.records.ledger import LedgerContents, LedgerTrial
-from rayft.search.samplers import GridSampler, RandomSampler, TrialOutcome
+from rayft.records.ledger import LedgerContents, LedgerTrial, TrialParams
+from rayft.search.samplers import GridSampler, RandomSampler, Sampler, TrialOutcome
 from rayft.search.tpe import TpeSampler
 
 
@@ -53,11 +54,11 @@ class FixedSearcher(_StatelessSearcher):
         wanted: {trial id: params}.
     """
 
-    def __init__(self, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, wanted: Mapping[str, TrialParams]) -> None:
         super().__init__()
         self._wanted = iter(list(wanted.items()))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> TrialParams | str:
         found = next(self._wanted, None)
         if found is None:
             return self.FINISHED
@@ -79,17 +80,16 @@ class SpaceSearcher(_StatelessSearcher):
 
     def __init__(self, run: Run, ledger: LedgerContents) -> None:
         super().__init__()
-        if run.sweep is None:
-            raise ValueError("a search needs a run with a sweep block")
-        self._metric_name, self._sign = run.sweep.metric, 1 if run.sweep.mode == "min" else -1
+        sweep = sweep_of(run)
+        self._metric_name, self._sign = sweep.metric, 1 if sweep.mode == "min" else -1
         self.exhausted = False
         known = {t.id: t for t in ledger.trials.values() if not t.origin}
         self._again = iter([trial for trial in known.values() if not trial.over])
-        numbers = range(1, run.sweep.count + 1)
+        numbers = range(1, sweep.count + 1)
         self._numbers = iter([number for number in numbers if name_for(number) not in known])
-        ways: dict[type, type[RandomSampler]] = {OptunaSpec: TpeSampler, GridSpec: GridSampler}
-        how = ways.get(type(run.sweep.search), RandomSampler)
-        self._sampler = how(run, [trial.params for trial in known.values()])
+        kinds = {OptunaSpec: TpeSampler, GridSpec: GridSampler}
+        kind = kinds.get(type(sweep.search), RandomSampler)
+        self._sampler: Sampler = kind(run, [trial.params for trial in known.values()])
         self._seen: dict[str, dict[int, dict[str, float]]] = {}  # id -> step -> metrics
         over = [trial for trial in known.values() if trial.over]
         # What diverged is told last, when the worst of the others is known.
@@ -97,7 +97,7 @@ class SpaceSearcher(_StatelessSearcher):
             seen = _seen(trial)
             self._sampler.tell_past(trial.params, self._outcome(trial.status, trial.step, seen))
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> TrialParams | str:
         """See ray.tune.search.Searcher.
 
         Raises:
@@ -114,7 +114,7 @@ class SpaceSearcher(_StatelessSearcher):
         self._names[trial_id], params = found
         return params
 
-    def _fresh(self) -> tuple[str, dict[str, Any]] | None:
+    def _fresh(self) -> tuple[str, TrialParams] | None:
         number = next(self._numbers, None)
         params = None if number is None else self._sampler.ask(number)
         if number is None or params is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 
 from rayft.config.run import Run
 from rayft.config.sweep import Domain, OptunaSpec
+from rayft.records.ledger import TrialParams
 from rayft.search.samplers import RandomSampler, TrialOutcome, picks_of
 
 WORST = 1e9  # the value of a diverged trial where nothing finite is known
@@ -33,7 +34,7 @@ class TpeSampler(RandomSampler):
     made of the run's seed and the trial's number: a continued sweep does not draw the same again.
     """
 
-    def __init__(self, run: Run, taken: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, run: Run, taken: Sequence[TrialParams]) -> None:
         super().__init__(run, taken)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._sign = 1 if self._sweep.mode == "min" else -1
@@ -48,13 +49,13 @@ class TpeSampler(RandomSampler):
         if self._asked is not None:
             self._running[trial], self._asked = self._asked, None
 
-    def resume(self, trial: str, params: Mapping[str, Any]) -> None:
+    def resume(self, trial: str, params: TrialParams) -> None:
         picks = picks_of(self._space, params)
         if picks is not None:
             self._force(picks)
             self.bind(trial)
 
-    def tell_past(self, params: Mapping[str, Any], outcome: TrialOutcome) -> None:
+    def tell_past(self, params: TrialParams, outcome: TrialOutcome) -> None:
         """Those that diverged come last: what the worst is, is known then."""
         picks = picks_of(self._space, params)
         if picks is None:
@@ -101,7 +102,7 @@ class TpeSampler(RandomSampler):
         known = outcome.base is not None and self._sign > 0
         return outcome.base * self._sweep.divergence if known and outcome.base else WORST
 
-    def _pick(self, number: int, attempt: int) -> dict[str, Any]:
+    def _pick(self, number: int, attempt: int) -> TrialParams:
         self._study.sampler = self._sampler(number, attempt)
         self._asked = self._study.ask(self._asks)
         given = self._asked.params
@@ -112,11 +113,11 @@ class TpeSampler(RandomSampler):
             self._study.tell(self._asked, state=TrialState.FAIL)
             self._asked = None
 
-    def _force(self, picks: dict[str, Any]) -> None:
+    def _force(self, picks: TrialParams) -> None:
         self._study.enqueue_trial(self._labelled(picks))
         self._asked = self._study.ask(self._asks)
 
-    def _labelled(self, picks: dict[str, Any]) -> dict[str, Any]:
+    def _labelled(self, picks: TrialParams) -> TrialParams:
         return {n: _label(v) if n in self._labels else v for n, v in picks.items()}
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
@@ -146,5 +147,5 @@ def _label(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _labels(domain: Domain) -> dict[str, Any]:
+def _labels(domain: Domain) -> TrialParams:
     return {_label(value): value for value in domain.values or ()}

@@ -5,16 +5,15 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from rayft.cluster.interrupt import Interrupt
 from rayft.config.run import Run
-from rayft.config.space import applied
+from rayft.config.space import applied, sweep_of
 from rayft.core.process import temporary
 from rayft.records.ledger import read_ledger
-from rayft.records.run_record import RunRecord, SweepRecord, stored
+from rayft.records.run_record import RunRecord, SweepRecord, SweepWinner, stored
 from rayft.storage.folder import Storage
 from rayft.training.state import Fence
 
@@ -25,16 +24,16 @@ _HEAD = """\
 """
 
 
-def write_config(home: Storage, run: Run, best: dict[str, Any], metric: str) -> None:
+def write_config(home: Storage, run: Run, best: SweepWinner, metric: str) -> None:
     """best/config.yaml: what the winner ran with, under a name of its own."""
     name = f"{run.name}-best"
-    winner = applied(run, best["params"], name=name, storage=run.storage)
+    winner = applied(run, best.params, name=name, storage=run.storage)
     head = _HEAD.format(
         sweep=run.name,
-        trial=best["trial"],
+        trial=best.trial,
         metric=metric,
-        value=best["metric"],
-        step=best["step"],
+        value=best.metric,
+        step=best.step,
         again=shlex.join(["rayft", "train", home.child(BEST, "config.yaml").uri]),
         name=name,
     )
@@ -78,7 +77,7 @@ def _rebuilt(sweep: Storage, trial: str) -> RunRecord:
 
 
 def refit(
-    run: Run, home: Storage, best: dict[str, Any], again: str, interrupt: Interrupt, fence: Fence
+    run: Run, home: Storage, best: SweepWinner, again: str, interrupt: Interrupt, fence: Fence
 ) -> RunRecord:
     """Train the winner from the start for the config's own train.steps, in best/.
 
@@ -88,8 +87,8 @@ def refit(
     from rayft.training.driver import RunContext, train
     from rayft.training.progress import view
 
-    searched = run.model_copy(update={"sweep": run.sweep.model_copy(update={"steps": None})})
-    winner = applied(searched, best["params"], name=BEST, storage=home.uri)
+    searched = run.model_copy(update={"sweep": sweep_of(run).model_copy(update={"steps": None})})
+    winner = applied(searched, best.params, name=BEST, storage=home.uri)
     return train(
         winner, again=again, context=RunContext(view(), interrupt, fence=fence, export=True)
     )

@@ -6,14 +6,18 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
-from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayError
 
 from rayft.config.run import Run
-from rayft.records.ledger import LedgerTrial
+from rayft.config.space import sweep_of
+from rayft.hosts.overview import HostsOverview
+from rayft.hosts.trial_host import ActorHandle
+from rayft.records.ledger import LedgerTrial, TrialParams
 from rayft.records.run_record import Status
 from rayft.sweeps.state import SweepState
+from rayft.sweeps.trial import TuneResult
 from rayft.sweeps.view import SweepSnapshot
 
 LEAVE = 300.0  # seconds that a trial gets to leave: its last commit may be large, storage slow
@@ -26,7 +30,7 @@ class LeavingTrials:
         placer: told who is to leave.
     """
 
-    def __init__(self, placer: Any) -> None:
+    def __init__(self, placer: ActorHandle) -> None:
         self._placer, self._asked = placer, {}
         self._closed = threading.Event()
 
@@ -48,9 +52,9 @@ class LeavingTrials:
         """Whether the placer is dead, and every host with it."""
         try:
             ray.get(self._placer.ready_host.remote(), timeout=30)
-        except ray.exceptions.RayActorError:
+        except RayActorError:
             return True
-        except (ray.exceptions.RayError, TimeoutError):  # busy: it lives
+        except (RayError, TimeoutError):  # busy: it lives
             return False
         return False
 
@@ -73,24 +77,24 @@ class SweepCallback:
         )
         self._predicted = False
 
-    def started(self, trial: str, params: dict[str, Any]) -> None:
+    def started(self, trial: str, params: TrialParams) -> None:
         self._state.started(trial, params)
 
-    def reported(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+    def reported(self, trial: str, params: TrialParams, result: TuneResult) -> None:
         self._state.reported(trial, params, result)
         if not self._predicted and "params_trainable" in result:
             self._predicted = True
             size = disk(self._state.run, params, result["params_trainable"], self._at_once)
             self._state.news.append(f"checkpoints will take {size / 2**20:,.0f} MiB at most")
 
-    def ended(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+    def ended(self, trial: str, params: TrialParams, result: TuneResult) -> None:
         """The slot is asked back at once, so that the next trial gets it."""
         if not self._state.interrupted:
             running = result.get("status", "running") == "running"
             self._leaving.ask(trial, "stopped", keep=not running or self._state.is_best(trial))
         self._state.ended(trial, params, result)
 
-    def broke(self, trial: str, params: dict[str, Any], why: str) -> None:
+    def broke(self, trial: str, params: TrialParams, why: str) -> None:
         """Where the placer died it is not the trial's fault: the driver stops,
         and the trial goes on with the same command."""
         if self._leaving.hostless():
@@ -115,7 +119,7 @@ class SweepCallback:
                 self._state.stop(trial)
 
 
-def disk(run: Run, params: dict[str, Any], trainable: float, at_once: int) -> float:
+def disk(run: Run, params: TrialParams, trainable: float, at_once: int) -> float:
     """Bytes that checkpoints of a sweep can take at one time: weights and two moments in fp32,
     train.keep and the best of every trial that trains, the winner's, and one more being written.
 
@@ -123,14 +127,14 @@ def disk(run: Run, params: dict[str, Any], trainable: float, at_once: int) -> fl
         params, trainable: of one trial; where the space holds ranks, the largest one counts.
     """
     widest = 1.0
-    for path, domain in run.sweep.space.items():
+    for path, domain in sweep_of(run).space.items():
         if path.endswith(".rank") and params.get(path):
             widest = max(domain.ends()) / params[path]
     each = 12 * trainable * widest
     return each * (at_once * (run.train.keep + 2) + 2)
 
 
-def snapshot_of(state: SweepState, seen: dict[str, Any]) -> SweepSnapshot:
+def snapshot_of(state: SweepState, seen: HostsOverview) -> SweepSnapshot:
     """The sweep as people see it.
 
     Args:
@@ -143,15 +147,15 @@ def snapshot_of(state: SweepState, seen: dict[str, Any]) -> SweepSnapshot:
         counts[trial.status] = counts.get(trial.status, 0) + 1
     over = sum(trial.over for trial in trials)
     total = max(spec.count, len(trials))
-    packs = seen["packs"].values()
+    packs = seen.packs.values()
     base = next((r.metrics.get("base_loss") for t in trials for r in t.reports), None)
     return SweepSnapshot(
         metric=spec.metric,
         total=total,
         counts=counts,
-        waiting=seen["waiting"],
+        waiting=seen.waiting,
         slots=int(sum(pack["slots"] for pack in packs)),
-        busy=sum(pack["trials"] for pack in packs),
+        busy=int(sum(pack["trials"] for pack in packs)),
         tokens_per_s=sum(pack["tokens"] / pack["seconds"] for pack in packs if pack["seconds"]),
         seconds=state.seconds,
         left=state.seconds / over * (total - over) if over > 2 else None,

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayft.cluster import preflight
-from rayft.cluster.connect import connected, hardware, has_dashboard, nodes
+from rayft.cluster.connect import cluster_hardware, connected, has_dashboard, nodes
 from rayft.cluster.driver_context import DriverContext, passed_on
 from rayft.cluster.interrupt import Interrupt
 from rayft.cluster.map_tasks import map_on_hosts, map_on_ray
@@ -25,6 +26,7 @@ from rayft.core.errors import DataError
 from rayft.hosts.capacity import ClusterCapacity, cluster_capacity, reasons_not_packed
 from rayft.hosts.placer import TrialPlacer
 from rayft.hosts.placer_config import PlacerConfig
+from rayft.hosts.trial_host import ActorHandle
 from rayft.storage.folder import Storage
 from rayft.sweeps.callback import LeavingTrials
 from rayft.sweeps.state import SweepState
@@ -38,7 +40,7 @@ CLOSE = 60.0  # seconds that hosts get to commit and go
 class SweepCluster:
     """The placer, and how many trials can train at the same time."""
 
-    placer: Any
+    placer: ActorHandle
     at_once: int
     leaving: LeavingTrials
 
@@ -62,12 +64,14 @@ def open_cluster(
         living = nodes()
         capacity = cluster_capacity(run, living)
         preflight.storage_everywhere(state.home, living)
-        facts = hardware()
+        facts = cluster_hardware()
         settings = _settings(run, state, capacity, facts)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         name = f"rayft-{run.name}-placer-{os.getpid()}"
         # With the driver: a node that is lost must not take the sweep with it.
-        placer = TrialPlacer.options(name=name, scheduling_strategy=here).remote(settings)
+        placer: ActorHandle = TrialPlacer.options(name=name, scheduling_strategy=here).remote(
+            settings
+        )
         leaving = LeavingTrials(placer)
         state.left = leaving.done
         try:
@@ -105,7 +109,7 @@ def _settings(
         cpus=run.scale.cpus,
         gpus=capacity.gpus,
         start=state.record.starts + 1,
-        lease=state.lease.id,
+        lease=state.lease.id if state.lease else "",
         driver=DriverContext.here(),
         environment=passed_on() if os.environ.get("RAY_ADDRESS") else {},
         dashboard=has_dashboard(),
@@ -113,9 +117,9 @@ def _settings(
     )
 
 
-def close_placer(placer: Any) -> None:
+def close_placer(placer: ActorHandle) -> None:
     """Let hosts commit and go; what does not answer in time goes with the placer that owns it."""
-    with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+    with contextlib.suppress(RayError, TimeoutError):
         ray.get(placer.close.remote(), timeout=CLOSE)
     ray.kill(placer)
 
@@ -157,4 +161,6 @@ class _DataThread(threading.Thread):
             self._interrupt.check()
         if self._error is not None:
             raise self._error
+        if self._value is None:
+            raise RuntimeError("the data's thread ended without data")
         return self._value

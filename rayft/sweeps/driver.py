@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayError
 from ray.tune.schedulers import FIFOScheduler
 
 from rayft.cluster.interrupt import Interrupt, handling
 from rayft.config.rules import refuse
 from rayft.config.run import Run
-from rayft.core.errors import ConfigError, DivergedError, InterruptedRun, RayftError, StorageError
-from rayft.records.run_record import SweepRecord
+from rayft.config.space import sweep_of
+from rayft.core.errors import DivergedError, InterruptedRun, RayftError, StorageError
+from rayft.hosts.overview import HostsOverview
+from rayft.hosts.trial_host import ActorHandle
+from rayft.records.run_record import SweepRecord, SweepWinner
 from rayft.search.searcher import FixedSearcher, SpaceSearcher
 from rayft.storage.folder import Storage
 from rayft.storage.lease import Lease
@@ -44,8 +47,7 @@ def sweep(run: Run, *, again: str = "the same command") -> SweepRecord:
         InUseError: another driver has this sweep, or took it over.
         RayftError: no trial came to an end; or the lease was deleted.
     """
-    if run.sweep is None:
-        raise ConfigError("this config has no sweep block", where="sweep", fix=_EXAMPLE)
+    sweep_of(run)
     refuse(run)
     view = sweep_view()
     home = Storage.open(run.storage).child(run.name)
@@ -59,9 +61,6 @@ def sweep(run: Run, *, again: str = "the same command") -> SweepRecord:
                 state.close()
     finally:
         view.close()
-
-
-_EXAMPLE = "add e.g. sweep: {space: {methods.0.rank: {choice: [8, 16, 32]}}}"
 
 
 class _SweepDriver:
@@ -100,11 +99,11 @@ class _SweepDriver:
             raise
         return self._finish()
 
-    def _phases(self, placer: Any) -> None:
+    def _phases(self, placer: ActorHandle) -> None:
         self._search(placer)
         self._seeds(placer)
         self._show(placer, force=True)
-        best, spec = self.state.summary(), self.run.sweep
+        best, spec = self.state.summary(), sweep_of(self.run)
         if best is None:
             return
         self.state.fence(now=True)
@@ -115,12 +114,12 @@ class _SweepDriver:
         else:
             self._copy(placer, best)
 
-    def _search(self, placer: Any) -> None:
+    def _search(self, placer: ActorHandle) -> None:
         replayed = ReplayedScheduler(scheduler(self.run), self.run, self.state.ledger)
         for name in replayed.stopped:
             self.state.stop(name)
         searcher = SpaceSearcher(self.run, self.state.ledger)
-        left = self.run.sweep.count - sum(trial.over for trial in self.state.searched())
+        left = sweep_of(self.run).count - sum(trial.over for trial in self.state.searched())
         callback = self._callback(self._over)
         if left <= 0 or self._over():
             if not self._asked():
@@ -141,13 +140,13 @@ class _SweepDriver:
             callback.finish()
         self.state.write(stopped_by=self.reason or ("grid" if searcher.exhausted else "trials"))
 
-    def _seeds(self, placer: Any) -> None:
+    def _seeds(self, placer: ActorHandle) -> None:
         """The winner again, with other seeds, to its full length."""
         best = self.state.best()
-        if self.run.sweep.seeds == 1 or best is None or self.interrupt.asked:
+        if sweep_of(self.run).seeds == 1 or best is None or self.interrupt.asked:
             return
         wanted = {}
-        for number in range(1, self.run.sweep.seeds):
+        for number in range(1, sweep_of(self.run).seeds):
             name = f"{best[0].id}-s{number}"
             known = self.state.ledger.trials.get(name)
             if known is None or not known.over:
@@ -169,10 +168,10 @@ class _SweepDriver:
         )
         self._follow(phase, placer)
 
-    def _copy(self, placer: Any, best: dict[str, Any]) -> None:
+    def _copy(self, placer: ActorHandle, best: SweepWinner) -> None:
         """best/ from the winner's own checkpoint, in a process that has torch loaded already."""
-        host = ray.get(placer.ready_host.remote())
-        asked = (self.state.home.uri, best["trial"])
+        host: ActorHandle = ray.get(placer.ready_host.remote())
+        asked = (self.state.home.uri, best.trial)
         self.state.fence(now=True)
         if host is None:
             said = copy_winner(*asked)
@@ -180,21 +179,21 @@ class _SweepDriver:
             copied = host.call.remote(copy_winner, *asked)
             while not ray.wait([copied], timeout=PERIOD)[0]:
                 self.state.fence()  # whoever leaves here takes the host along
-            said = ray.get(copied)
+            said = str(ray.get(copied))
         self.view.note(f"best: {said.splitlines()[0]}")
 
-    def _refit(self, best: dict[str, Any]) -> None:
+    def _refit(self, best: SweepWinner) -> None:
         """best/ trained again, for train.steps; the packs have left the cluster to it."""
-        self.view.note(f"{best['trial']} again, for {self.run.train.steps} steps")
+        self.view.note(f"{best.trial} again, for {self.run.train.steps} steps")
         record = refit(
             self.run, self.state.home, best, self.again, self.interrupt, self.state.fence
         )
-        metric = record.eval.get(self.run.sweep.metric)
+        metric = record.eval.get(sweep_of(self.run).metric)
         self.state.write(refit={"metric": metric, "step": record.steps, "seconds": record.seconds})
 
     # ---- while a phase runs
 
-    def _follow(self, phase: TunerThread, placer: Any) -> None:
+    def _follow(self, phase: TunerThread, placer: ActorHandle) -> None:
         """Show, and pass signals on, until Tune is done.
 
         Raises:
@@ -229,14 +228,14 @@ class _SweepDriver:
         """Whether the search must end now; keeps the reason."""
         if self._asked():
             return True
-        limit = self.run.sweep.max_seconds
+        limit = sweep_of(self.run).max_seconds
         if limit is not None and self.state.seconds > limit:
             self.reason = "max_seconds"
         elif self.state.reached_target():
             self.reason = "target"
         return bool(self.reason)
 
-    def _show(self, placer: Any, force: bool = False) -> None:
+    def _show(self, placer: ActorHandle, force: bool = False) -> None:
         """Ask the placer now and then, and show."""
         now = time.monotonic()
         self._print_news()
@@ -244,16 +243,16 @@ class _SweepDriver:
             return
         self._looked = now
         try:
-            seen = ray.get(placer.overview.remote(), timeout=10)
-        except ray.exceptions.RayActorError as error:
+            seen: HostsOverview = ray.get(placer.overview.remote(), timeout=10)
+        except RayActorError as error:
             raise self._placer_lost() from error
-        except (ray.exceptions.RayError, TimeoutError):
+        except (RayError, TimeoutError):
             return
-        self.state.news += seen["news"]
+        self.state.news += seen.news
         self.view.show(snapshot_of(self.state, seen))
         if now - self._noted > LEDGER_PERIOD or force:
             self._noted = now
-            for name, numbers in seen["packs"].items():
+            for name, numbers in seen.packs.items():
                 self.state.pack(name, numbers)
 
     def _placer_lost(self) -> RayftError:

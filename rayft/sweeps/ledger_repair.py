@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from rayft.checkpoint.folders import last_attempt, names, set_aside
 from rayft.config.run import Run
-from rayft.config.space import applied
+from rayft.config.space import applied, sweep_of
 from rayft.core.errors import ConfigError
 from rayft.hosts.placer_config import ATTEMPTS
-from rayft.records.ledger import LedgerContents, LedgerTrial
+from rayft.records.ledger import LedgerContents, LedgerTrial, TrialParams
 from rayft.records.run_record import RunRecord, SweepRecord, stored
 from rayft.report.facts import value_of
 from rayft.storage.folder import Storage
@@ -29,7 +28,7 @@ class MissingLine:
     trial: str
     status: str
     step: int
-    params: dict[str, Any]
+    params: TrialParams
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
@@ -76,9 +75,9 @@ def _known(folder: Storage, run: Run, trial: LedgerTrial) -> Iterator[MissingLin
         yield MissingLine(trial.id, "running", trial.step, params)
 
 
-def _params(run: Run, record: RunRecord) -> dict[str, Any] | None:
+def _params(run: Run, record: RunRecord) -> TrialParams | None:
     """What the space set in the config of a record; None where that does not give this config."""
-    params = {path: value_of(record.config, path) for path in run.sweep.paths()}
+    params = {path: value_of(record.config, path) for path in sweep_of(run).paths()}
     try:
         made = applied(run, params, name=record.name, storage=record.config["storage"])
     except (ConfigError, KeyError):
@@ -109,7 +108,7 @@ def earlier_sweep(home: Storage, run: Run, ledger: LedgerContents) -> tuple[Swee
     Raises:
         ConfigError: that sweep has another config; it names what differs.
     """
-    shown, spec = home.shown(RECORD), run.sweep
+    shown, spec = home.shown(RECORD), sweep_of(run)
     facts = (run.resolved(), run.sweep_digest(), spec.metric, spec.mode)
     fresh = SweepRecord(run.name, "running", *facts)
     try:

@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from ray.tune import Checkpoint
@@ -27,11 +27,15 @@ from ray.tune.schedulers import (
 )
 
 from rayft.config.run import Run
+from rayft.config.space import sweep_of
 from rayft.core.process import temporary
 from rayft.records.ledger import LedgerContents, metrics_in
 from rayft.records.run_record import ENDED
 from rayft.storage.folder import Storage
-from rayft.sweeps.trial import SCORE, scheduler_score, write_pointer
+from rayft.sweeps.trial import SCORE, TuneResult, scheduler_score, write_pointer
+
+Controller: TypeAlias = Any
+"""Tune's, or `_PastController`, which answers what schedulers ask of one."""
 
 
 class ReplayedScheduler(TrialScheduler):
@@ -53,10 +57,12 @@ class ReplayedScheduler(TrialScheduler):
         self._metric = how.metric
         self._trials: dict[str, Trial] = {}  # by rayft's id, as `how` knows them
         self._judged: dict[str, int] = {}  # trial -> last step that was judged
-        self._told: dict[str, dict[str, Any]] = {}  # last report of each trial of the past
+        self._told: dict[str, TuneResult] = {}  # last report of each trial of the past
         self._stops: set[str] = set()  # at their last report
         self._copies: set[str] = set()  # told to go on from another trial, and not heard since
-        self._past = _PastController(Storage.open(run.storage).child(run.name, "trials"))
+        self._past: Controller = _PastController(
+            Storage.open(run.storage).child(run.name, "trials")
+        )
         over: set[str] = set()
         for row in ledger.lines:
             if not (row.get("origin") or row["trial"] in over):
@@ -84,7 +90,7 @@ class ReplayedScheduler(TrialScheduler):
             )
             self._trials[name].set_status(Trial.RUNNING)
             self._how.on_trial_add(self._past, self._trials[name])
-        trial, sweep = self._trials[name], self._run.sweep
+        trial, sweep = self._trials[name], sweep_of(self._run)
         metrics = metrics_in(row)
         score = scheduler_score(status, metrics, sweep.metric, sweep.mode)
         told = {"trial_id": name, "step": step, SCORE: score, "status": status}
@@ -99,13 +105,13 @@ class ReplayedScheduler(TrialScheduler):
             self._told[name] = told
         trial.set_config(dict(row["params"]))  # as it was drawn then
 
-    def _finish(self, name: str, told: Mapping[str, Any]) -> None:
+    def _finish(self, name: str, told: TuneResult) -> None:
         self._end(self._past, name, told)
         self._trials[name].set_status(Trial.TERMINATED)
 
     # ---- both
 
-    def _judge(self, controller: Any, name: str, result: Mapping[str, Any]) -> str:
+    def _judge(self, controller: Controller, name: str, result: TuneResult) -> str:
         """What becomes of a trial after a report."""
         step = int(result["step"])
         if result.get("donor"):  # the steps of a copy are new ones
@@ -122,7 +128,7 @@ class ReplayedScheduler(TrialScheduler):
             self._stops.add(name)
         return said
 
-    def _end(self, controller: Any, name: str, result: Mapping[str, Any]) -> None:
+    def _end(self, controller: Controller, name: str, result: TuneResult) -> None:
         """A trial that broke says nothing of its settings."""
         if result.get("status") == "failed" or SCORE not in result:
             self._how.on_trial_remove(controller, self._trials[name])
@@ -135,7 +141,7 @@ class ReplayedScheduler(TrialScheduler):
         """Both were given when it was made."""
         return self._how.set_search_properties(metric, mode, **spec)
 
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+    def on_trial_add(self, tune_controller: Controller, trial: Trial) -> None:
         """A trial of the past goes on where it was."""
         name, before = str(trial), self._trials.get(str(trial))
         if before is None:
@@ -144,32 +150,36 @@ class ReplayedScheduler(TrialScheduler):
         elif before is not trial and isinstance(self._how, PopulationBasedTraining):
             self._take_over(tune_controller, before, trial)
 
-    def _take_over(self, controller: Any, before: Trial, trial: Trial) -> None:
+    def _take_over(self, controller: Controller, before: Trial, trial: Trial) -> None:
         """Population-based training acts on Tune's own trial, not on the one of the past."""
-        name, states = str(trial), self._how._trial_state
+        name, how = str(trial), cast("PopulationBasedTraining", self._how)
+        states: dict[Trial, Any] = how._trial_state
         self._how.on_trial_add(controller, trial)
         states[trial] = states.pop(before)
         self._trials[name] = trial
         if name in self._copies:
-            kept = trial.run_metadata.checkpoint_manager
-            kept.register_checkpoint(before.latest_checkpoint_result)
+            kept, copied = trial.run_metadata.checkpoint_manager, before.latest_checkpoint_result
+            if kept is not None and copied is not None:
+                kept.register_checkpoint(copied)
 
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: Controller, trial: Trial, result: TuneResult) -> str:
         """Each report is judged once."""
         return self._judge(tune_controller, str(trial), result)
 
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+    def on_trial_complete(
+        self, tune_controller: Controller, trial: Trial, result: TuneResult
+    ) -> None:
         """Its own end, or that of a stopped one."""
         self._end(tune_controller, str(trial), result)
 
-    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+    def on_trial_error(self, tune_controller: Controller, trial: Trial) -> None:
         """Its process died; Tune adds it again, or gives it up."""
 
-    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
+    def on_trial_remove(self, tune_controller: Controller, trial: Trial) -> None:
         """It ended while it waited."""
         self._how.on_trial_remove(tune_controller, self._trials[str(trial)])
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+    def choose_trial_to_run(self, tune_controller: Controller) -> Trial | None:
         """Which one that waits comes first."""
         return self._how.choose_trial_to_run(tune_controller)
 
@@ -207,9 +217,9 @@ class _PastController:
         """It goes on from another one's state."""
         trial.set_status(Trial.PAUSED)
 
-    def _schedule_trial_save(self, trial: Trial, result: Mapping[str, Any]) -> Checkpoint:
+    def _schedule_trial_save(self, trial: Trial, result: TuneResult) -> Any:
         """Where the trial's commit of this step was; who copies it takes the newest where retention
-        has deleted that one (compose.commit.donated)."""
+        has deleted that one (checkpoint.reader.donated)."""
         name, step = trial.trial_id, int(result["step"])
         place = Path(self._folder.name) / f"{name}-{step}"
         place.mkdir(exist_ok=True)

@@ -11,14 +11,24 @@ from dataclasses import replace
 from typing import Any
 
 from rayft.config.run import Run
+from rayft.config.space import sweep_of
 from rayft.config.sweep import PbtSpec
-from rayft.records.ledger import LEDGER, Ledger, LedgerContents, LedgerTrial, fold, read_ledger
-from rayft.records.run_record import stored
+from rayft.records.ledger import (
+    LEDGER,
+    Ledger,
+    LedgerContents,
+    LedgerTrial,
+    TrialParams,
+    fold,
+    read_ledger,
+)
+from rayft.records.run_record import SweepWinner, stored
 from rayft.records.series import base_of
 from rayft.storage.folder import Storage
 from rayft.storage.lease import Lease
 from rayft.storage.sealed import told
 from rayft.sweeps.ledger_repair import TRIALS, earlier_sweep, lost_lines
+from rayft.sweeps.trial import TuneResult
 from rayft.training.state import versions
 
 RECORD = "sweep.json"
@@ -40,7 +50,7 @@ class SweepState:
     def __init__(self, home: Storage, run: Run, lease: Lease | None = None) -> None:
         self.lease = lease
         self.left: Callable[[str], bool] = lambda trial: True
-        self.home, self.run, self.spec = home, run, run.sweep
+        self.home, self.run, self.spec = home, run, sweep_of(run)
         self.ledger: LedgerContents = read_ledger(home)
         self.news: list[str] = []  # lines for people, taken by the view
         if self.ledger.damage:
@@ -68,7 +78,9 @@ class SweepState:
         self.write(status="running", starts=self.record.starts + 1, versions=versions(), **facts)
         self._writer = Ledger(self.home)
         hashes = (self.record.config_hash, self.record.data_hash)
-        fold([self._writer.start(self.record.name, self.record.starts, *hashes)], self.ledger)
+        fold(
+            [self._open_ledger().start(self.record.name, self.record.starts, *hashes)], self.ledger
+        )
         if self.record.starts > 1:
             self._mend()
 
@@ -92,7 +104,7 @@ class SweepState:
         return self.lease is not None and self.lease.lost
 
     def fence(self, now: bool = False) -> None:
-        """Raises where this driver may write no more: core.lease.Lease.check."""
+        """Raises where this driver may write no more: storage.lease.Lease.check."""
         if self.lease is not None:
             self.lease.check(now)
 
@@ -107,7 +119,7 @@ class SweepState:
 
     # ---- TrialListener: called from Tune's thread
 
-    def started(self, trial: str, params: dict[str, Any]) -> None:
+    def started(self, trial: str, params: TrialParams) -> None:
         """The line makes sure that a killed sweep knows what to continue."""
         with self._lock:
             if trial not in self._here:
@@ -115,7 +127,7 @@ class SweepState:
                 known = self.ledger.trials.get(trial)
                 self._add(trial, "running", known.step if known else 0, params)
 
-    def reported(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+    def reported(self, trial: str, params: TrialParams, result: TuneResult) -> None:
         """An end is written by `ended`, with the same numbers."""
         if result.get("status") != "running":
             return
@@ -127,7 +139,7 @@ class SweepState:
             self._add(trial, "running", int(result["step"]), params, metrics_of(result), **facts)
             self._announce_best(before)
 
-    def ended(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+    def ended(self, trial: str, params: TrialParams, result: TuneResult) -> None:
         status = result.get("status", "running")
         with self._lock:
             known = self.ledger.trials.get(trial)
@@ -149,7 +161,7 @@ class SweepState:
             self._here[trial] = status
             self._clear_losers()
 
-    def _already_known(self, trial: str, result: dict[str, Any]) -> bool:
+    def _already_known(self, trial: str, result: TuneResult) -> bool:
         """A host says again what lies behind a trial's commit; the first line has more numbers."""
         known, name = self.ledger.trials.get(trial), self.spec.metric
         told = () if known is None or result.get("donor") else known.reports
@@ -164,28 +176,33 @@ class SweepState:
             self._here[trial] = "stopped"
             self._clear_losers()
 
-    def broke(self, trial: str, params: dict[str, Any], why: str) -> None:
+    def broke(self, trial: str, params: TrialParams, why: str) -> None:
         self.ended(trial, params, {"status": "failed", "step": 0, "error_text": why})
 
     def pack(self, name: str, numbers: dict[str, float]) -> None:
         """A line on how full a pack is."""
         with self._lock:
             self.fence()
-            fold([self._writer.pack(f"{name}.{self.record.starts}", numbers)], self.ledger)
+            fold([self._open_ledger().pack(f"{name}.{self.record.starts}", numbers)], self.ledger)
+
+    def _open_ledger(self) -> Ledger:
+        if self._writer is None:
+            raise RuntimeError("the sweep has not begun")
+        return self._writer
 
     def _add(
         self,
         trial: str,
         status: str,
         step: int,
-        params: dict[str, Any],
+        params: TrialParams,
         metrics: dict[str, float] | None = None,
         **facts: str,
     ) -> None:
         self.fence()
         origin = self.origins.get(trial)
         facts |= {"origin": origin} if origin else {}
-        fold([self._writer.add(trial, status, step, params, metrics, **facts)], self.ledger)
+        fold([self._open_ledger().add(trial, status, step, params, metrics, **facts)], self.ledger)
 
     # ---- what is best
 
@@ -247,18 +264,15 @@ class SweepState:
 
     # ---- the end
 
-    def summary(self) -> dict[str, Any] | None:
+    def summary(self) -> SweepWinner | None:
         """SweepRecord.best."""
         best = self.best()
         if best is None:
             return None
-        report = best[0].best(self.spec.metric, self.spec.mode)
-        return {
-            "trial": best[0].id,
-            "step": report.step,
-            "metric": best[1],
-            "params": best[0].params,
-        }
+        trial, metric = best
+        report = trial.best(self.spec.metric, self.spec.mode)
+        step = trial.step if report is None else report.step
+        return SweepWinner(trial.id, step, metric, trial.params)
 
     def base(self) -> dict[str, float]:
         """The base model's evaluation, as the best trial's run.json has it."""
@@ -270,7 +284,7 @@ class SweepState:
         return base_of(home) if record is None else record.base
 
 
-def metrics_of(result: dict[str, Any]) -> dict[str, float]:
+def metrics_of(result: TuneResult) -> dict[str, float]:
     """The finite numbers of a result that are the trial's own."""
     return {
         name: value

@@ -14,21 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 from ray.tune import PlacementGroupFactory, Trainable
 
-from rayft.core.errors import RayftError
+from rayft.core.errors import RayftError, first_line
+from rayft.hosts.trial_host import ActorHandle
+from rayft.records.ledger import TrialParams
 from rayft.trials.types import TrialReport
 
 SCORE = "score"  # the sweep's metric, always finite: schedulers cannot compare with NaN
 WORST = 1e9
 POINTER = "pointer.json"
+TuneResult = dict[str, Any]
+"""What Tune, its scheduler and its searcher see of a report: `tune_result`, and Tune's own."""
 
 
-def error_line(error: ray.exceptions.RayTaskError) -> str:
+def error_line(error: RayTaskError) -> str:
     """The first line of what was raised on the other side."""
     cause = error.cause
     text = cause.what if isinstance(cause, RayftError) else str(cause)
-    return f"{type(cause).__name__}: {(text.strip().splitlines() or [''])[0][:200]}"
+    return f"{type(cause).__name__}: {first_line(text)}"
 
 
 def scheduler_score(status: str, metrics: Mapping[str, float], metric: str, mode: str) -> float:
@@ -38,7 +43,7 @@ def scheduler_score(status: str, metrics: Mapping[str, float], metric: str, mode
     return value if math.isfinite(value) else worst
 
 
-def tune_result(report: TrialReport, metric: str, mode: str) -> dict[str, Any]:
+def tune_result(report: TrialReport, metric: str, mode: str) -> TuneResult:
     """What Tune, its scheduler and its searcher get to see."""
     finite = {name: value for name, value in report.metrics.items() if math.isfinite(value)}
     return {
@@ -66,22 +71,22 @@ def write_pointer(place: str, trial: str, folder: str | None, heard: int) -> Non
 class SweepTrial(Trainable):
     """Joins at its first step, so that a checkpoint to start from may be given before."""
 
-    _placer: Any
+    _placer: ActorHandle
     _metric: str
     _mode: str
 
-    def setup(self, config: dict[str, Any]) -> None:
+    def setup(self, config: TrialParams) -> None:
         """Tune calls it once per process."""
         self._begin(config)
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def _begin(self, config: TrialParams) -> None:
         self._params = dict(config)
         self._source: dict[str, Any] | None = None
-        self._host: Any = None
+        self._host: ActorHandle = None
         self._donor, self._pack = "", ""
         self._heard = 0  # step of the last report
 
-    def step(self) -> dict[str, Any]:
+    def step(self) -> TuneResult:
         """Wait for the next report. A host that dies is left for another one: the trial continues
         there from its last commit."""
         while True:
@@ -96,15 +101,15 @@ class SweepTrial(Trainable):
                 self._host = None
                 if report.status == "lost":
                     ray.get(self._placer.host_lost.remote(self.trial_name, report.error))
-            except ray.exceptions.RayTaskError as error:  # refused; another try changes nothing
+            except RayTaskError as error:  # refused; another try changes nothing
                 return self._result(
                     TrialReport(self.trial_name, 0, {}, "failed", error_line(error))
                 )
-            except ray.exceptions.RayActorError:
+            except RayActorError:
                 self._host = None
                 ray.get(self._placer.host_lost.remote(self.trial_name, "its process died"))
 
-    def _result(self, report: TrialReport) -> dict[str, Any]:
+    def _result(self, report: TrialReport) -> TuneResult:
         self._heard = max(self._heard, report.step)
         result = tune_result(report, self._metric, self._mode) | {"pack": self._pack}
         if self._donor:
@@ -113,9 +118,9 @@ class SweepTrial(Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """A pointer to the trial's state, which is on storage when this returns."""
-        folder = None
+        folder: str | None = None
         if self._host is not None:
-            folder = ray.get(self._host.save.remote(self.trial_name))
+            folder = str(ray.get(self._host.save.remote(self.trial_name)))
         write_pointer(checkpoint_dir, self.trial_name, folder, self._heard)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
@@ -126,14 +131,14 @@ class SweepTrial(Trainable):
             self._donor = pointer["trial"] if pointer["trial"] != self.trial_name else ""
             self._host = None
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
+    def reset_config(self, new_config: TrialParams) -> bool:
         """The process serves another trial, or the same one with other settings."""
         self._begin(new_config)
         return True
 
 
 def trial_class(
-    sweep: str, placer: Any, metric: str, mode: str, place: PlacementGroupFactory
+    sweep: str, placer: ActorHandle, metric: str, mode: str, place: PlacementGroupFactory
 ) -> type[SweepTrial]:
     """SweepTrial at this placer. Ray's dashboard shows its processes by the name of the class, and
     Tune's own wrappers would all have the same."""

@@ -13,9 +13,12 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher, SearchGenerator
 
 from rayft.config.run import Run
+from rayft.config.space import sweep_of
+from rayft.core.errors import first_line
 from rayft.core.process import temporary
-from rayft.sweeps.trial import trial_class
-from rayft.training.failure import first_line
+from rayft.hosts.trial_host import ActorHandle
+from rayft.records.ledger import TrialParams
+from rayft.sweeps.trial import TuneResult, trial_class
 
 _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the ledger is the log
@@ -34,19 +37,19 @@ WAITING = 2  # trials beyond the slots: they wait, so that a freed slot is taken
 class TrialListener(Protocol):
     """Who wants to know what becomes of trials; called from Tune's thread."""
 
-    def started(self, trial: str, params: dict[str, Any]) -> None:
+    def started(self, trial: str, params: TrialParams) -> None:
         """It runs, or runs again."""
         ...
 
-    def reported(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+    def reported(self, trial: str, params: TrialParams, result: TuneResult) -> None:
         """One report."""
         ...
 
-    def ended(self, trial: str, params: dict[str, Any], result: dict[str, Any]) -> None:
+    def ended(self, trial: str, params: TrialParams, result: TuneResult) -> None:
         """Its own end, or its scheduler's verdict."""
         ...
 
-    def broke(self, trial: str, params: dict[str, Any], why: str) -> None:
+    def broke(self, trial: str, params: TrialParams, why: str) -> None:
         """An error that no host reported."""
         ...
 
@@ -82,7 +85,7 @@ class _PhaseStopper(_DriverOnly, tune.Stopper):
     def __init__(self, must_end: Callable[[], bool]) -> None:
         self._must_end = must_end
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: TuneResult) -> bool:
         return False
 
     def stop_all(self) -> bool:
@@ -99,7 +102,7 @@ class _ListenerCallback(_DriverOnly, tune.Callback):
         self._listener.started(str(trial), dict(trial.config))
 
     def on_trial_result(
-        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+        self, iteration: int, trials: list, trial: Any, result: TuneResult, **info: Any
     ) -> None:
         self._listener.reported(str(trial), dict(trial.config), result)
 
@@ -130,11 +133,11 @@ class _SearcherAdapter(_DriverOnly, SearchAlgorithm):
     def next_trial(self) -> Any:
         return self._searcher.next_trial()
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+    def on_trial_result(self, trial_id: str, result: TuneResult) -> None:
         self._searcher.on_trial_result(trial_id, result)
 
     def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+        self, trial_id: str, result: TuneResult | None = None, error: bool = False
     ) -> None:
         self._searcher.on_trial_complete(trial_id, result, error)
 
@@ -154,7 +157,7 @@ class TunerThread(threading.Thread):
     def __init__(
         self,
         run: Run,
-        placer: Any,
+        placer: ActorHandle,
         searcher: Searcher,
         scheduler: TrialScheduler,
         listener: TrialListener,
@@ -172,7 +175,7 @@ class TunerThread(threading.Thread):
         # On the driver's node: Tune keeps its pointer files there, and nothing else of a trial.
         here = f"node:{ray.util.get_node_ip_address()}"
         place = tune.PlacementGroupFactory([{"CPU": 0, here: 0.001}])
-        sweep = run.sweep
+        sweep = sweep_of(run)
         limited = ConcurrencyLimiter(searcher, max_concurrent=most)
         self._tuner = tune.Tuner(
             trial_class(run.name, placer, sweep.metric, sweep.mode, place),

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import IO, Protocol, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rayft.core.console import LastingStream, say
-from rayft.records.ledger import LedgerTrial
+from rayft.records.ledger import LedgerTrial, TrialParams
 from rayft.training.progress import clock, si
 
 PERIOD = 5.0  # seconds between two plain lines
@@ -97,7 +97,7 @@ class LiveTable:
     """A head line and the running trials; notes scroll above."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(file=LastingStream(sys.stderr))
+        self._console = console or Console(file=cast("IO[str]", LastingStream(sys.stderr)))
         self._live = Live(console=self._console, refresh_per_second=2, transient=True)
         self._live.start()
 
@@ -127,7 +127,7 @@ def table(state: SweepSnapshot) -> Table:
     return shown
 
 
-def short(params: dict[str, Any]) -> str:
+def short(params: TrialParams) -> str:
     """`rank=8 lr=3.1e-04`: the last words of the paths, the numbers rounded."""
     parts = []
     for path, value in params.items():

@@ -17,8 +17,9 @@ from rayft.core.errors import (
     InUseError,
     PermanentStorageError,
     RayftError,
+    first_line,
 )
-from rayft.training.failure import AttemptFailure, WorkerFailed, first_line, hint
+from rayft.training.failure import AttemptFailure, WorkerFailed, hint
 
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ from collections import deque
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayft.compose.job import ProgressEvent
@@ -50,7 +51,7 @@ class DriverControl:
 
     def __init__(self, name: str) -> None:
         here = ray.get_runtime_context().get_node_id()
-        self._actor = (
+        self._actor: Any = (  # Ray's types know no method of it
             ray.remote(_ControlActor)
             .options(
                 name=name,
@@ -115,6 +116,6 @@ class WorkerSignals:
             try:
                 if ray.get(actor.exchange.remote(batch)):
                     self._stop.set()
-            except ray.exceptions.RayActorError:
+            except RayActorError:
                 if not closing:
                     os._exit(ORPHANED)

@@ -155,13 +155,13 @@ def _train_in_process(
     prepare: DataPreparer,
     again: str,
 ) -> AttemptOutcome:
-    from rayft.training import in_process as solo
+    from rayft.training import in_process
 
-    prepared = prepare(run, solo.in_process)
+    prepared = prepare(run, in_process.map_in_process)
     interrupt.check()
-    state.begin(prepared, solo.hardware())
+    state.begin(prepared, in_process.machine_hardware())
     return run_attempts(
-        lambda _: solo.launch(
+        lambda _: in_process.attempt_in_process(
             state.job(prepared), run.scale.gpus, engine or _engine(), state, interrupt
         ),
         retries=0,  # what failed here would fail again: same process, same memory

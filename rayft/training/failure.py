@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rayft.core.address import redact
-from rayft.core.errors import RayftError
+from rayft.core.errors import RayftError, first_line
 
 # Errors that a rank only sees because another rank went away first.
 _SECONDARY = re.compile(
@@ -105,12 +105,6 @@ def at_step(failures: Mapping[int, AttemptFailure], step: int | None) -> list[At
         failure if failure.step is not None else replace(failure, step=step)
         for failure in failures.values()
     ]
-
-
-def first_line(text: str) -> str:
-    """The first line that says something, at most 200 characters."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:200] if lines else ""
 
 
 def hint(failure: AttemptFailure) -> str:

@@ -37,7 +37,7 @@ class _LocalSignals:
         self._state.hear([event])
 
 
-def launch(
+def attempt_in_process(
     job: AttemptJob, gpus: float | None, engine: Engine, state: RunState, interrupt: Interrupt
 ) -> AttemptOutcome:
     """Run `job` here.
@@ -83,7 +83,7 @@ def _group(backend: str) -> Iterator[None]:
                     os.environ[name] = value
 
 
-def hardware() -> dict[str, Any]:
+def machine_hardware() -> dict[str, Any]:
     """What run.json says of this machine."""
     cuda = torch.cuda.is_available()
     return {
@@ -95,6 +95,6 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def in_process(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+def map_in_process(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """A TaskMapper without Ray."""
     return [function(item) for item in items]

@@ -42,7 +42,7 @@ PLACEMENTS = 1  # further tries of 60 s each to place the workers of an attempt
 LEAVE = 20  # seconds that workers get to go away after a forced stop
 
 
-def launch(
+def launch_attempt(
     job: AttemptJob,
     scale: ScaleSpec,
     *,

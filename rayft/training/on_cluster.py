@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from rayft.cluster import preflight
-from rayft.cluster.connect import ceiling, connected, hardware, nodes
+from rayft.cluster.connect import ceiling, cluster_hardware, connected, nodes
 from rayft.cluster.interrupt import Interrupt
 from rayft.cluster.map_tasks import map_on_ray
 from rayft.compose.job import AttemptOutcome, PreparedData
@@ -44,14 +44,14 @@ def train_on_cluster(
             preflight.storage_everywhere(Storage.open(run.data.cache), living, "data.cache")
         prepared: PreparedData = prepare(run, map_on_ray(interrupt))
         interrupt.check()
-        state.begin(prepared, hardware())
+        state.begin(prepared, cluster_hardware())
 
         def once(number: int) -> AttemptOutcome:
             if watch is not None:
                 watch.settle()
             workers = preflight.workers_now(run.scale, nodes(), gpus)
             state.note(f"starting {workers} workers" + f", attempt {number + 1}" * bool(number))
-            return launch.launch(
+            return launch.launch_attempt(
                 state.job(prepared),
                 run.scale,
                 workers=workers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import IO, Protocol, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -103,7 +103,7 @@ class LiveProgress:
     """A live line at the bottom; evaluations, saves and warnings scroll above it."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(file=LastingStream(sys.stderr))
+        self._console = console or Console(file=cast("IO[str]", LastingStream(sys.stderr)))
         self._pace = StepPace()
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._live.start()

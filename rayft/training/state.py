@@ -21,12 +21,13 @@ from rayft.core.errors import (
     InterruptedRun,
     PermanentStorageError,
     StorageError,
+    first_line,
 )
 from rayft.records.run_record import BestEvaluation, RunRecord, Status
 from rayft.storage.folder import Storage
 from rayft.training.attempts import GiveUp, RetryAfter
 from rayft.training.earlier_record import RECORD, earlier_record
-from rayft.training.failure import AttemptFailure, first_line
+from rayft.training.failure import AttemptFailure
 from rayft.training.progress import ProgressView
 from rayft.training.trackers import Trackers
 
@@ -34,7 +35,7 @@ BAD_ROWS = "bad_rows.jsonl"
 PACKAGES = ("ray", "torch", "transformers", "peft", "deepspeed", "bitsandbytes", "datasets")
 
 Fence = Callable[[bool], None]
-"""Raises where another driver writes here, or may: core.lease.Lease.check."""
+"""Raises where another driver writes here, or may: storage.lease.Lease.check."""
 
 
 class RunState:

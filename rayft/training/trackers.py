@@ -71,7 +71,7 @@ class MLflow:
     and the tag rayft.digest ties those of one rayft run together."""
 
     def __init__(self, run: Run, home: Storage) -> None:
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]  # an extra
 
         self._client = mlflow.MlflowClient()
         active = mlflow.start_run(run_name=run.name, tags={"rayft.digest": run.digest()})
@@ -91,7 +91,7 @@ class Wandb:
     on in the same W&B run."""
 
     def __init__(self, run: Run, home: Storage) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
         self._run = wandb.init(
             name=run.name, id=f"{run.name}-{run.digest()}", resume="allow", config=run.resolved()

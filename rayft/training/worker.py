@@ -8,6 +8,7 @@ from importlib import metadata
 from typing import Any
 
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 
@@ -60,7 +61,7 @@ def work(config: dict[str, WorkerTask]) -> dict[str, Any]:
     signals = WorkerSignals(task.control, rank)
     try:
         device = ready(task, context.get_local_rank())
-        agree(task.job, rank, world)
+        check_same_everywhere(task.job, rank, world)
         gauges = RayGauges(str(task.job.config["name"]), rank)
         outcome = (task.engine or default_engine())(
             task.job, rank, world, device, WatchedSignals(signals, gauges)
@@ -99,7 +100,7 @@ def ready(task: WorkerTask, local_rank: int) -> torch.device:
     return device
 
 
-def agree(job: AttemptJob, rank: int, world: int) -> None:
+def check_same_everywhere(job: AttemptJob, rank: int, world: int) -> None:
     """Every rank must train the same config with the same code.
 
     Raises:

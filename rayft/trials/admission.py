@@ -24,7 +24,7 @@ from rayft.trials.commit_queue import CommitQueue
 from rayft.trials.forward import PackedModel
 from rayft.trials.initial import FreshAdapter
 from rayft.trials.memory import MemoryBudget, MemoryClaim
-from rayft.trials.plan import pack_differences, why_not_packed
+from rayft.trials.plan import pack_differences, why_not_shared
 from rayft.trials.rank_bucket import TrialAdapter
 from rayft.trials.slot import Optimizer, QuietSignals, SlotEngine, SlotGenerators, TrialSlot
 from rayft.trials.step import measure_activations
@@ -44,7 +44,7 @@ def with_precision(run: Run, device: torch.device) -> Run:
 
 def refuse_unpackable(run: Run) -> None:
     """Raises UnsharedBase for what no pack can hold."""
-    if why := why_not_packed(run):
+    if why := why_not_shared(run):
         raise UnsharedBase(f"{run.name} cannot share a pack: {why}", fix="set sweep.pack=off")
 
 

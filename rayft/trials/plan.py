@@ -30,6 +30,16 @@ SHARED = {"train": ("gradient_checkpointing", "precision"), "optim": ("kind",)}
 
 def why_not_packed(run: Run) -> str:
     """ "" when the run can be a trial of a pack; else the reason, one clause."""
+    if run.scale.workers != 1:
+        return f"scale.workers is {run.scale.workers}"
+    if not isinstance(run.strategy, DdpSpec):
+        return f"strategy is {run.strategy.kind}"
+    return why_not_shared(run)
+
+
+def why_not_shared(run: Run) -> str:
+    """ "" when the run's steps can go through a base that others share, wherever that is; else the
+    reason, one clause."""
     methods = run.methods
     if len(methods) != 1 or not isinstance(methods[0], LoraSpec):
         return f"methods: {', '.join(method.kind for method in methods)} is not one lora"
@@ -37,10 +47,6 @@ def why_not_packed(run: Run) -> str:
         return f"objective {run.objective.kind} needs more than the trial's own rows"
     if run.penalties:
         return "penalties look at weights that a pack shares"
-    if run.scale.workers != 1:
-        return f"scale.workers is {run.scale.workers}"
-    if not isinstance(run.strategy, DdpSpec):
-        return f"strategy is {run.strategy.kind}"
     if run.optim.kind != "adamw":
         return f"optim.kind is {run.optim.kind}"
     if run.model.quant == "int8":

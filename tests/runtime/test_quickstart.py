@@ -132,5 +132,5 @@ def test_the_quick_start(tmp_path, quiet):
     found = SweepRecord.from_json((folder / "sweep.json").read_text())
     trials = (folder / "trials.csv").read_text().splitlines()
     assert found.status == "done" and len(trials) >= 17
-    assert found.best["metric"] < 0.9 * found.base["eval_loss"]
+    assert found.best.metric < 0.9 * found.base["eval_loss"]
     assert (folder / "report.html").exists() and (folder / "best/export/README.md").exists()

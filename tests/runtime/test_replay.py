@@ -80,7 +80,7 @@ class Sweep:
         self.trials: dict[str, Trial] = {}
         self.copied: set[str] = set()
         book = fold(rows)
-        for name in self.how.stopped:  # as runtime.sweep does
+        for name in self.how.stopped:  # as sweeps.driver does
             known = book.trials[name]
             self.write(name, "stopped", known.step, known.params)
         book = fold(self.rows)

@@ -90,17 +90,17 @@ def test_a_sweep_from_start_to_end(whole):
     assert [trial.status for trial in searched] == ["done"] * 6
     assert all([r.step for r in trial.reports] == [4, 8, 12] for trial in searched)
     losses = {t.id: t.best("eval_loss").metrics["eval_loss"] for t in searched}
-    assert record.best["metric"] == min(losses.values()) == losses[record.best["trial"]]
-    assert record.base["eval_loss"] > record.best["metric"]
+    assert record.best.metric == min(losses.values()) == losses[record.best.trial]
+    assert record.base["eval_loss"] > record.best.metric
     again = [trial for trial in book.trials.values() if trial.origin]
-    assert [trial.origin for trial in again] == [record.best["trial"]]
+    assert [trial.origin for trial in again] == [record.best.trial]
     assert again[0].params["seed"] == 1 and again[0].status == "done"
     assert {pack["slots"] for pack in book.packs.values()} == {2}
     assert (folder / "s/report.html").stat().st_size > 100_000
     assert (folder / "s/trials.csv").read_text().count("\n") == 8
     # losers keep their metrics, not their weights
     kept = [path.parent.name for path in (folder / "s/trials").glob("*/checkpoints/*")]
-    assert set(kept) <= {record.best["trial"], "checkpoints"}
+    assert set(kept) <= {record.best.trial, "checkpoints"}
     assert len(list((folder / "s/trials").glob("*/metrics.jsonl"))) == 7
 
 
@@ -125,15 +125,15 @@ def test_the_winner_is_what_rayft_train_makes_of_its_config(whole, tmp_path):
     """The packed trial's numbers are those of a run of its own."""
     folder, _, record = whole
     text = (folder / "s/best/config.yaml").read_text()
-    assert record.best["trial"] in text.splitlines()[0]
+    assert record.best.trial in text.splitlines()[0]
     run = load(folder / "s/best/config.yaml", [f"storage={tmp_path}", "scale.workers=0"])
     alone = train(run)
-    assert alone.best.metric == pytest.approx(record.best["metric"], rel=1e-5)
+    assert alone.best.metric == pytest.approx(record.best.metric, rel=1e-5)
     assert alone.base["eval_loss"] == pytest.approx(record.base["eval_loss"], rel=1e-5)
     best = RunRecord.from_json((folder / "s/best/run.json").read_text())
-    assert best.best.step == record.best["step"] and best.name == "best"
+    assert best.best.step == record.best.step and best.name == "best"
     assert (folder / "s/best/export/adapter_model.safetensors").exists()
-    assert f"{record.best['metric']:.4f}" in evaluate_run(f"{folder}/s/best")
+    assert f"{record.best.metric:.4f}" in evaluate_run(f"{folder}/s/best")
 
 
 def test_a_done_sweep_is_returned_and_can_be_made_longer(whole):
@@ -163,7 +163,7 @@ def test_asha_stops_early_and_slots_are_taken_again(tmp_path, monkeypatch):
     trials = read_ledger(home(tmp_path)).trials.values()
     stopped = [trial for trial in trials if trial.status == "stopped"]
     assert stopped and all(trial.step < 12 for trial in stopped)
-    assert len(trials) == 8 and record.best["metric"] > 0
+    assert len(trials) == 8 and record.best.metric > 0
     # a stopped trial trains on for a step or two at most while its verdict travels
     for trial in stopped:
         lines = (tmp_path / f"s/trials/{trial.id}/metrics.jsonl").read_text().splitlines()

@@ -12,6 +12,7 @@ from rayft.config.load import load
 from rayft.config.space import applied
 from rayft.core.errors import ConfigError
 from rayft.hosts.capacity import cluster_capacity, reasons_not_packed
+from rayft.hosts.overview import HostsOverview
 from rayft.records.ledger import read_ledger
 from rayft.records.run_record import RunRecord
 from rayft.storage.folder import Storage
@@ -64,7 +65,7 @@ def test_reports_and_ends_become_lines(book, tmp_path):
     assert trials["t0001"].pack == "pack-0.1"
     assert [report.step for report in trials["t0001"].reports] == [10, 20]
     assert set(trials["t0001"].reports[0].metrics) == {"eval_loss", "base_loss", "seconds"}
-    assert book.summary()["trial"] == "t0001" and book.summary()["metric"] == 4.0
+    assert book.summary().trial == "t0001" and book.summary().metric == 4.0
 
 
 def test_a_nan_is_diverged_never_best_and_a_finite_score_for_schedulers(book):
@@ -128,7 +129,7 @@ def test_what_people_see(book):
     book.started("t0002", {"optim.lr": 2e-3})
     book.ended("t0002", {"optim.lr": 2e-3}, result(10, 9.5, "diverged"))
     numbers = {"slots": 2.0, "tokens": 3000.0, "seconds": 3.0, "trials": 1}
-    state = snapshot_of(book, {"packs": {"pack-0": numbers}, "waiting": 0})
+    state = snapshot_of(book, HostsOverview({"pack-0": numbers}))
     lines, now = [], [0.0]
     view = PlainLines(lines.append, lambda: now[0])
     view.show(state)
@@ -271,7 +272,7 @@ def test_sweep_json_is_made_anew_from_the_ledger(damage, book, tmp_path):
     with pytest.raises(ConfigError, match="exists with another config"):
         SweepState(book.home, run_in(tmp_path, "optim.weight_decay=0.1"))
     made.begin()
-    assert made.record.starts == 3 and made.summary()["metric"] == 4.0
+    assert made.record.starts == 3 and made.summary().metric == 4.0
     made.close()
 
 
