@@ -3,11 +3,11 @@ wanted device. Weights come from safetensors only, so loading runs no pickle."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import (
@@ -101,8 +101,15 @@ def keep_nf4_as_loaded(model: nn.Module) -> None:
     (adapters wrap the layer itself, copies copy it).
     """
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        if isinstance(module, _linear4bit()):
             module.support_avx512bf16_for_cpu = False
+
+
+def _linear4bit() -> tuple[type[nn.Module], ...]:
+    """bitsandbytes' layer, for isinstance; empty where nothing has imported the library, so that no
+    model can hold one. It is needed for quantised bases only, and is not on every machine."""
+    library = sys.modules.get("bitsandbytes")
+    return () if library is None else (library.nn.Linear4bit,)
 
 
 def model_facts(model: PreTrainedModel) -> ModelFacts:
@@ -110,7 +117,7 @@ def model_facts(model: PreTrainedModel) -> ModelFacts:
     packed = {
         module.weight: module.in_features * module.out_features
         for module in model.modules()
-        if isinstance(module, bnb.nn.Linear4bit)
+        if isinstance(module, _linear4bit())
     }
     sizes = {
         param: packed.get(param, full_shape(param).numel()) for _, param in model.named_parameters()
