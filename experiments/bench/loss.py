@@ -13,7 +13,7 @@ import argparse
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional
@@ -58,8 +58,11 @@ def plain(model: LlamaForCausalLM, batch: Batch, scale: torch.Tensor) -> torch.T
     return functional.cross_entropy(flat, batch.targets().reshape(-1), reduction="sum") * scale[0]
 
 
-def main() -> None:
-    args = arguments()
+Measured = tuple[dict[str, list[float]], dict[str, tuple[int, int, int]]]
+
+
+def measure(args: argparse.Namespace) -> Measured:
+    """{way: seconds per step, one per repetition}, and what `memory` gives, by way."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
@@ -102,7 +105,12 @@ def main() -> None:
             seconds = step(way)
             if repetition >= 2:
                 times[way].append(seconds)
-    report(args, times, {way: memory(ways[way], args, device) for way in ways})
+    return times, {way: memory(ways[way], args, device) for way in ways}
+
+
+def main() -> None:
+    args = arguments()
+    report(args, *measure(args))
 
 
 def memory(loss: Callable[[], torch.Tensor], args, device: torch.device) -> tuple[int, int, int]:
@@ -162,7 +170,8 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Of `argv`, by default of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (
         ("threads", 1),
@@ -183,7 +192,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-optimizer", action="store_true", help="time forward and backward only"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, vocabulary
     "8b": (4096, 32, 32, 8, 14336, 128256),
 }
 MIXED = (4, 4, 8, 8, 16, 16, 32, 64)
+WAYS = ("packed", "mixed", "one", "pack of one", "one mixed", "solo")
 ENDLESS = 1_000_000
 
 
@@ -97,8 +98,10 @@ def table(args: argparse.Namespace) -> TokenTable:
     return from_documents(documents, list(range(256)), source=0, counts=(), sources=("random",))
 
 
-def run_of(args: argparse.Namespace, folder: Path, name: str, rank: int, rows: int) -> Run:
-    """A LoRA run of `rows` rows a step, in one forward pass."""
+def run_of(
+    args: argparse.Namespace, folder: Path, storage: Path, name: str, rank: int, rows: int
+) -> Run:
+    """A LoRA run of `rows` rows a step, in one forward pass, on the model in `folder`."""
     return Run.model_validate(
         {
             "name": name,
@@ -108,17 +111,23 @@ def run_of(args: argparse.Namespace, folder: Path, name: str, rank: int, rows: i
             "data": {"train": [{"path": "random"}], "max_length": args.length},
             "optim": {"lr": 1e-4, "schedule": "constant", "warmup": 0},
             "train": {"steps": ENDLESS, "global_batch": rows, "micro_batch": rows},
-            "storage": str(folder.parent / "runs"),
+            "storage": str(storage),
         }
     )
 
 
 class Lab:
-    """Packs and solo loops over one model and one table."""
+    """Packs and solo loops over one model and one table.
 
-    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+    Args:
+        folder: what the runs leave goes here.
+        saved: the model, where one of the shape is there already; default: it is made in `folder`.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: Path, saved: Path | None = None) -> None:
         self.args, self.device = args, torch.device(args.device)
-        self.folder = model(args, folder / "model")
+        self.storage = folder / "runs"
+        self.folder = saved or model(args, folder / "model")
         self.table = table(args)
         self.cache = Storage.open(str(folder / "cache"))
         save(
@@ -128,13 +137,14 @@ class Lab:
         )
         self.made = 0
 
-    def _run(self, rank: int, rows: int) -> Run:
+    def run(self, rank: int, rows: int) -> Run:
+        """The next one."""
         self.made += 1
-        return run_of(self.args, self.folder, f"r{self.made}", rank, rows)
+        return run_of(self.args, self.folder, self.storage, f"r{self.made}", rank, rows)
 
     def pack(self, ranks: tuple[int, ...], rows: int) -> Callable[[], Any]:
         """One packed step of a trial per rank."""
-        runs = [self._run(rank, rows) for rank in ranks]
+        runs = [self.run(rank, rows) for rank in ranks]
         where = (self.cache.uri, self.table.digest)
         pack = Pack(runs[0], *where, self.device, slots=len(runs))
         for run in runs:
@@ -144,7 +154,7 @@ class Lab:
 
     def solo(self, rank: int, rows: int) -> Callable[[], Any]:
         """One step of rayft's solo engine."""
-        run = self._run(rank, rows)
+        run = self.run(rank, rows)
         home = Path(run.storage) / run.name
         loop = RayftLoop(run, self.table, self.device, home)
         return lambda: loop.steps(1)
@@ -166,42 +176,65 @@ def timed(args: argparse.Namespace, ways: dict[str, tuple[Callable[[], Any], int
     return found
 
 
+def mixed_ranks(count: int) -> tuple[int, ...]:
+    """Of `count` trials."""
+    return tuple(MIXED[index * len(MIXED) // count] for index in range(count))
+
+
+def compare(
+    args: argparse.Namespace, lab: Lab, rows: int, only: Sequence[str] = WAYS
+) -> dict[str, list[float]]:
+    """{way: seconds per packed step, or per step of one run, one per round}, of `only`."""
+    count, times, mixed = args.trials, args.steps, mixed_ranks(args.trials)
+    makers: dict[str, tuple[Callable[[], Callable[[], Any]], int]] = {
+        "packed": (lambda: lab.pack((args.rank,) * count, rows), times),
+        "mixed": (lambda: lab.pack(mixed, rows), times),
+        "one": (lambda: lab.solo(args.rank, rows * count), times),
+        "pack of one": (lambda: lab.pack((args.rank,), rows * count), times),
+        "one mixed": (lambda: lab.solo(round(statistics.mean(mixed)), rows * count), times),
+        "solo": (lambda: lab.solo(args.rank, rows), times * count),
+    }
+    return timed(args, {way: (makers[way][0](), makers[way][1]) for way in only})
+
+
+def shares(count: int, found: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The comparisons that the ways in `found` allow, one number per round: "equal" and "mixed"
+    (efficiency) and "sequential" (times as fast as one after another)."""
+    told = {}
+    if {"one", "pack of one"} <= found.keys():
+        # the same total tokens, so times compare as rates do
+        best = [min(pair) for pair in zip(found["one"], found["pack of one"], strict=True)]
+        told["equal"] = ratios(best, found["packed"])
+    if {"one mixed", "mixed"} <= found.keys():
+        told["mixed"] = ratios(found["one mixed"], found["mixed"])
+    if "solo" in found:
+        pairs = zip(found["solo"], found["packed"], strict=True)
+        told["sequential"] = [count * one / many for one, many in pairs]
+    return told
+
+
 def engine(args: argparse.Namespace) -> None:
     """Both comparisons at every --tokens."""
     torch.set_num_threads(args.threads)
     count = args.trials
-    mixed = tuple(MIXED[index * len(MIXED) // count] for index in range(count))
     print("$ python", " ".join(sys.argv))
     name = torch.cuda.get_device_name() if args.device == "cuda" else _processor()
     print(f"commit {_commit()}; {name}; {args.threads} threads; torch {torch.__version__}")
     print(f"model {args.shape} {args.dtype} quant {args.quant}; {count} trials, rank {args.rank},")
-    print(f"mixed ranks {mixed}; rows of {args.length} tokens; {args.rounds} rounds\n", flush=True)
+    print(f"mixed ranks {mixed_ranks(count)}; rows of {args.length} tokens; ", end="")
+    print(f"{args.rounds} rounds\n", flush=True)
     print("tokens per    packed step   efficiency        efficiency         packed against one")
     print("trial-step    ms            equal ranks       mixed ranks        after another")
     for tokens in args.tokens:
         rows = max(1, tokens // args.length)
         with tempfile.TemporaryDirectory(prefix="rayft-bench-") as folder:
             lab = Lab(args, Path(folder))
-            times = args.steps
-            ways = {
-                "packed": (lab.pack((args.rank,) * count, rows), times),
-                "mixed": (lab.pack(mixed, rows), times),
-                "one": (lab.solo(args.rank, rows * count), times),
-                "pack of one": (lab.pack((args.rank,), rows * count), times),
-                "one mixed": (lab.solo(round(statistics.mean(mixed)), rows * count), times),
-                "solo": (lab.solo(args.rank, rows), times * count),
-            }
-            found = timed(args, ways)
-            # the same total tokens, so times compare as rates do
-            best = [min(pair) for pair in zip(found["one"], found["pack of one"], strict=True)]
-            equal = ratios(best, found["packed"])
-            unequal = ratios(found["one mixed"], found["mixed"])
-            after = [
-                count * one / many for one, many in zip(found["solo"], found["packed"], strict=True)
-            ]
+            found = compare(args, lab, rows)
+            told = shares(count, found)
             print(
                 f"{rows * args.length:<13} {1e3 * statistics.median(found['packed']):<13.1f} "
-                f"{spread(equal, 2):<17} {spread(unequal, 2):<18} {spread(after, 2)}x",
+                f"{spread(told['equal'], 2):<17} {spread(told['mixed'], 2):<18} "
+                f"{spread(told['sequential'], 2)}x",
                 flush=True,
             )
             if args.memory:
@@ -232,8 +265,8 @@ def planner() -> None:
                 )
 
 
-def main() -> None:
-    """Arguments."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Of `argv`, by default of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -252,9 +285,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="packed steps per turn")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.quick:
         args.shape, args.tokens, args.rounds, args.steps = "d64", [64], 2, 2
+    return args
+
+
+def main() -> None:
+    args = arguments()
     planner() if args.what == "planner" else engine(args)
 
 

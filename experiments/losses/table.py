@@ -32,7 +32,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +79,21 @@ BASE: dict[str, Any] = {
     "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 4},
     "scale": {"workers": 0, "gpus": 0},
 }
+PACKABLE = {"workers": 1, "gpus": 0}  # workers 0 is a run of its own, which no pack takes
 LORA = {"kind": "lora", "rank": 8, "alpha": 16, "lr_ratio": 4}
 WAYS: dict[str, dict[str, Any]] = {
     "full": {"methods": [{"kind": "full"}]},
     "lora": {"methods": [LORA]},
     "qlora": {"methods": [LORA], "model": {**BASE["model"], "quant": "nf4"}},
-    "packed": {"methods": [LORA]},
+    "packed": {"methods": [LORA], "scale": PACKABLE},
 }
 NEIGHBOURS = (  # of the packed trial
-    {"methods": [LORA | {"rank": 16, "dora": True}], "seed": 1},
-    {"methods": [LORA | {"rank": 3, "rslora": True}], "optim": {"lr": 3e-3, "clip": None}},
+    {"methods": [LORA | {"rank": 16, "dora": True}], "seed": 1, "scale": PACKABLE},
+    {
+        "methods": [LORA | {"rank": 3, "rslora": True}],
+        "optim": {"lr": 3e-3, "clip": None},
+        "scale": PACKABLE,
+    },
 )
 
 
@@ -102,21 +107,25 @@ class Quiet:
         pass
 
 
-def measure() -> dict[str, Any]:
-    """{"data": hash, "losses": {way: STEPS losses}, "eval": {way: [base, tuned]}}, in nats."""
+def measure(
+    ways: Iterable[str] = tuple(WAYS), device: torch.device = CPU, steps: int = STEPS
+) -> dict[str, Any]:
+    """{"data": hash, "losses": {way: `steps` losses}, "eval": {way: [base, tuned]}}, in nats."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory(prefix="rayft-losses-") as folder:
-            return _measured(folder)
+            return _measured(folder, tuple(ways), device, steps)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measured(folder: str) -> dict[str, Any]:
+def _measured(
+    folder: str, ways: tuple[str, ...], device: torch.device, steps: int
+) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": {}, "eval": {}}
-    runs = {way: _run(folder, way, change) for way, change in WAYS.items()}
-    ready = prepare_data(runs["full"], lambda function, items: [function(item) for item in items])
+    runs = {way: _run(folder, way, WAYS[way], steps) for way in ways}
+    ready = prepare_data(runs[ways[0]], lambda function, items: [function(item) for item in items])
     found["data"] = ready.hash
 
     def job(run: Run) -> AttemptJob:
@@ -125,8 +134,9 @@ def _measured(folder: str) -> dict[str, Any]:
     for way, run in runs.items():
         home = Storage.open(run.storage).child(run.name)
         if way == "packed":
-            others = [_run(folder, f"n{at}", change) for at, change in enumerate(NEIGHBOURS)]
-            pack = Pack(run, ready.uri, ready.hash, CPU, slots=3)
+            changes = enumerate(NEIGHBOURS)
+            others = [_run(folder, f"n{at}", change, steps) for at, change in changes]
+            pack = Pack(run, ready.uri, ready.hash, device, slots=3)
             for trial in (others[0], run, others[1]):
                 pack.admit(job(trial))
             while pack.trials:
@@ -134,16 +144,17 @@ def _measured(folder: str) -> dict[str, Any]:
         else:
             record = RunRecord(run.name, "running", run.resolved(), run.digest())
             home.write_text("run.json", record.to_json())
-            execute(job(run), 0, 1, CPU, Quiet())
+            execute(job(run), 0, 1, device, Quiet())
         lines = list(read_series(home))
         found["losses"][way] = [line["loss"] for line in lines if line["split"] == "train"]
         found["eval"][way] = [line["loss"] for line in lines if line["split"] == "eval"]
     return found
 
 
-def _run(folder: str, name: str, change: Mapping[str, Any]) -> Run:
+def _run(folder: str, name: str, change: Mapping[str, Any], steps: int) -> Run:
     merged = {**BASE, **change, "name": name, "storage": folder}
     merged["optim"] = {**BASE["optim"], **change.get("optim", {})}
+    merged["train"] = {**BASE["train"], "steps": steps}
     merged["data"] = {**BASE["data"], "cache": f"{folder}/cache"}
     return load(merged)
 
