@@ -1,0 +1,30 @@
+"""The parts of the day, most important first, and the seconds that each may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent / "parts"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A script in a process of its own, which must end within `limit` seconds."""
+
+    name: str
+    script: Path
+    limit: float
+    arguments: tuple[str, ...] = ()
+
+
+# The limits add up to 520 s: with the end of every part that is cut off, still under 9 minutes.
+PARTS = (
+    Part("gpu tests", HERE / "gpu_tests.py", 110),
+    Part("losses, CPU and GPU", HERE / "both_losses.py", 80),
+    Part("packing, 1B bf16", HERE / "packed.py", 95, ("--shape", "1b")),
+    Part("packing, 8B nf4", HERE / "packed.py", 95, ("--shape", "8b", "--quant", "nf4")),
+    Part("32 trials under 60 GB", HERE / "many_trials.py", 70),
+    Part("chunked loss, 128k", HERE / "chunked_loss.py", 30),
+    Part("single job", HERE / "single_run.py", 40),
+)
