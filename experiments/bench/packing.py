@@ -125,7 +125,7 @@ class Lab:
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path, saved: Path | None = None) -> None:
-        self.args, self.device = args, torch.device(args.device)
+        self.args, self.device = args, torch.device("cuda:0" if args.device == "cuda" else "cpu")
         self.storage = folder / "runs"
         self.folder = saved or model(args, folder / "model")
         self.table = table(args)

@@ -73,12 +73,13 @@ def day(
     """All parts, one after another, until `end` (of the monotonic clock)."""
     options = ["--device", args.device, "--scratch", str(scratch), *(["--tiny"] * args.tiny)]
     with (found.folder / "log.txt").open("wb") as log:
-        for part in parts:
+        for number, part in enumerate(parts):
             left = end - time.monotonic()
+            later = sum(other.limit for other in parts[number + 1 :])
             if left < 1:
                 outcome = Outcome("skipped", 0.0, {}, "no time was left for it")
             else:
-                part = replace(part, limit=min(part.limit, left))
+                part = replace(part, limit=allowed(part.limit, left, later))
                 name = part.name
 
                 def seen(seconds: float, numbers: dict[str, Any], name: str = name) -> None:
@@ -94,6 +95,15 @@ def day(
     if wrong:
         print(f"FAILED: {', '.join(wrong)}; see {found.folder}/log.txt")
     return int(bool(wrong))
+
+
+def allowed(limit: float, left: float, later: float) -> float:
+    """Seconds of a part: its limit, and up to half of it more where earlier parts left that over.
+
+    Args:
+        left, later: seconds until the end, and of them the limits of the parts behind it.
+    """
+    return min(left, max(limit, min(1.5 * limit, left - later)))
 
 
 def _packages(site: Path) -> None:

@@ -21,7 +21,7 @@ LIMITS = {"full": 1e-3, "lora": 1e-3, "qlora": 1e-2, "packed": 1e-3}
 
 def main() -> None:
     hush()
-    device = torch.device(part.device)
+    device = torch.device("cuda:0" if part.device == "cuda" else "cpu")
     steps = 4 if part.tiny else table.STEPS
     ways = ("lora", "packed") if part.tiny else ("full", "lora", "packed", "qlora")
     wrong = []
