@@ -90,9 +90,9 @@ def test_every_part_runs_from_a_bare_checkout(tmp_path: Path) -> None:
     (case,) = found["packing, 8B nf4"]["numbers"].values()
     assert case["tokens/s"] > 0 and case["sequential"] > 0
     assert found["32 trials under 60 GB"]["numbers"]["trials"] == 4
-    losses = found["losses, CPU and GPU"]["numbers"]
-    assert losses["lora"]["difference"] == losses["packed"]["difference"] == 0
-    assert losses["packed"]["GPU"] == pytest.approx(losses["lora"]["GPU"], rel=1e-6)
+    losses = found["losses, CPU and GPU"]["numbers"]["packed"]
+    assert losses["difference"] == 0 and losses["GPU"] == losses["CPU"]
+    assert len(losses["CPU"]) == 4 and 1 < losses["CPU"][-1] < losses["CPU"][0]
     assert found["single job"]["numbers"]["full"]["tokens/s"] > 0
     assert "MFU" not in found["single job"]["numbers"]["full"]  # of a CPU: none, and said so
     assert "CPU" in found["single job"]["numbers"]["no MFU"]
@@ -174,6 +174,16 @@ def test_time_left_over_goes_to_the_next_part_within_reason(monkeypatch) -> None
     assert run.allowed(10, 4, 50) == 4
     assert sum(part.limit for part in plan.PARTS) < run.WHOLE < 9 * 60
     assert all(wheels.pinned(need.package) for need in wheels.NEEDS)
+
+
+def test_the_peak_is_that_of_the_whole_name(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(DAY / "parts"))
+    from peaks import peak_of
+
+    assert peak_of("NVIDIA H200") == peak_of("NVIDIA H100 80GB HBM3") == 989
+    assert peak_of("NVIDIA A100-SXM4-80GB") == 312 and peak_of("NVIDIA A10") == 125
+    assert peak_of("NVIDIA H100 PCIe") == 756 and peak_of("NVIDIA L40S") == 362
+    assert peak_of("NVIDIA L40") is peak_of("NVIDIA H20") is peak_of("a CPU") is None
 
 
 def told(folder: Path) -> dict[str, dict]:

@@ -23,7 +23,7 @@ def main() -> None:
     hush()
     device = torch.device("cuda:0" if part.device == "cuda" else "cpu")
     steps = 4 if part.tiny else table.STEPS
-    ways = ("lora", "packed") if part.tiny else ("full", "lora", "packed", "qlora")
+    ways = ("packed",) if part.tiny else ("full", "lora", "packed", "qlora")
     wrong = []
     for way in ways:
         if way == "qlora":

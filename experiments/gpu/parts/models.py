@@ -29,8 +29,6 @@ def saved(part: Part, args: argparse.Namespace) -> Path:
         half = folder.with_suffix(".half")  # what a part that was cut off may have left
         shutil.rmtree(half, ignore_errors=True)
         packing.model(args, half).rename(folder)
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
     return folder
 
 

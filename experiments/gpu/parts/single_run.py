@@ -38,9 +38,11 @@ def main() -> None:
     model = saved(part, args)
     lab = packing.Lab(args, part.folder("single"), model)
     count = multiplying(args.shape)
-    peak, why = peak_of(part.device)
+    name = torch.cuda.get_device_name() if part.device == "cuda" else "a CPU"
+    peak = peak_of(name)
     part.note(**{"parameters, N": count, "tokens per step": rows * length})
-    part.note(**({"peak TFLOP/s": peak} if peak else {"no MFU": why}))
+    unknown = {"no MFU": f"the peak of {name} is not known"}
+    part.note(**({"peak TFLOP/s": peak} if peak else unknown))
     for way, factor in FLOP.items():
         begin(part.device)
         run = lab.run(16, rows)
@@ -55,8 +57,6 @@ def main() -> None:
             numbers["MFU"] = factor * count * rate / (peak * 1e12)
         part.note(**{way: numbers})
         del loop
-    if part.device == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
