@@ -37,7 +37,7 @@ test: dev
 	$(THREADS) $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
 
 checks: dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/basedpyright --pythonpath $(BIN)/python && $(BIN)/lint-imports
 
 # Faults against rayft, hours of them: make chaos SEED=2 SCALE=0.1 STORMS="single damage" CHAOS=--json
 SEED ?= 1

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rayft.config.run import Run
@@ -37,18 +37,20 @@ def _other_than_kernels(record: logging.LogRecord) -> bool:
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_other_than_kernels)
 
 
-def load(config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()) -> Run:
+def load(config: str | Path | Mapping[str, object] | Run, overrides: Sequence[str] = ()) -> Run:
     """A checked Run from a file, a mapping or a Run; see rayft.config.load.load."""
     return import_module(_API).load(config, overrides)
 
 
-def train(config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()) -> RunRecord:
+def train(
+    config: str | Path | Mapping[str, object] | Run, overrides: Sequence[str] = ()
+) -> RunRecord:
     """Run, or continue the unfinished run of that name; see rayft.api.train."""
     return import_module(_API).train(config, overrides)
 
 
 def sweep(
-    config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()
+    config: str | Path | Mapping[str, object] | Run, overrides: Sequence[str] = ()
 ) -> SweepRecord:
     """Run, or continue, the search of the config's sweep block; see rayft.api.sweep."""
     return import_module(_API).sweep(config, overrides)

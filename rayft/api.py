@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rayft.config.load import load
 from rayft.config.run import Run
@@ -16,7 +16,7 @@ __all__ = ["load", "sweep", "train"]
 
 
 def train(
-    config: str | Path | Mapping[str, Any] | Run,
+    config: str | Path | Mapping[str, object] | Run,
     overrides: Sequence[str] = (),
     *,
     restart: bool = False,
@@ -36,7 +36,7 @@ def train(
 
 
 def sweep(
-    config: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()
+    config: str | Path | Mapping[str, object] | Run, overrides: Sequence[str] = ()
 ) -> SweepRecord:
     """Run, or continue, the search that the config's sweep block describes; `rayft sweep` is this
     function.

@@ -43,8 +43,9 @@ def log(error: Exception, folder: str) -> str:
             path = Path(place(), name)
             if path.parent.is_dir() and path.parent.name:
                 text = redact("".join(traceback.format_exception(error)))
-                options = {"encoding": "utf-8", "errors": "backslashreplace", "opener": opener}
-                with open(path, "x", **options) as file:  # noqa: PTH123
+                with open(  # noqa: PTH123
+                    path, "x", encoding="utf-8", errors="backslashreplace", opener=opener
+                ) as file:
                     file.write(text)
                 return f"  traceback: {line_of(str(path), 4000)}"
         except Exception as broken:  # a full disk, no memory: must not hide the error itself

@@ -79,21 +79,16 @@ BASE: dict[str, Any] = {
     "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 4},
     "scale": {"workers": 0, "gpus": 0},
 }
-PACKABLE = {"workers": 1, "gpus": 0}  # workers 0 is a run of its own, which no pack takes
 LORA = {"kind": "lora", "rank": 8, "alpha": 16, "lr_ratio": 4}
 WAYS: dict[str, dict[str, Any]] = {
     "full": {"methods": [{"kind": "full"}]},
     "lora": {"methods": [LORA]},
     "qlora": {"methods": [LORA], "model": {**BASE["model"], "quant": "nf4"}},
-    "packed": {"methods": [LORA], "scale": PACKABLE},
+    "packed": {"methods": [LORA]},
 }
 NEIGHBOURS = (  # of the packed trial
-    {"methods": [LORA | {"rank": 16, "dora": True}], "seed": 1, "scale": PACKABLE},
-    {
-        "methods": [LORA | {"rank": 3, "rslora": True}],
-        "optim": {"lr": 3e-3, "clip": None},
-        "scale": PACKABLE,
-    },
+    {"methods": [LORA | {"rank": 16, "dora": True}], "seed": 1},
+    {"methods": [LORA | {"rank": 3, "rslora": True}], "optim": {"lr": 3e-3, "clip": None}},
 )
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def load_commit(run: Storage, name: str, *, verify: bool = True) -> Commit:
     record = CommitRecord.from_bytes(_read(folder, COMMIT))
     if folder_name(record.step, record.attempt) != name:
         raise BadCommit(f"{COMMIT} belongs to {folder_name(record.step, record.attempt)}")
-    manifests = []
+    manifests: list[Manifest] = []
     for rank, expected in enumerate(record.manifests):
         data = _read(folder, manifest_name(rank))
         if hash_of(data) != expected:
@@ -115,7 +116,7 @@ def load_commit(run: Storage, name: str, *, verify: bool = True) -> Commit:
         manifests.append(parse_manifest(data, name, rank))
     if verify:
         with ThreadPoolExecutor(_HASHERS) as pool:
-            list(pool.map(lambda manifest: _check_shard(folder, manifest), manifests))
+            list(pool.map(partial(_check_shard, folder), manifests))
     return Commit(folder, name, record, tuple(manifests))
 
 

@@ -219,7 +219,8 @@ class CommitShards:
         indexes: Sequence[Index],
         scalars: Mapping[str, float],
     ) -> None:
-        self.world, self.scalars = len(indexes), dict(scalars)
+        self.world = len(indexes)
+        self.scalars: Mapping[str, float] = dict(scalars)
         self._fetch, self._files = fetch, {}
         self._folder = temporary("shards")
         self._parts: dict[str, list[tuple[int, ShardPart]]] = {}
@@ -283,7 +284,7 @@ class CommitShards:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, rank: int):
+    def _open(self, rank: int) -> safe_open:
         if rank not in self._files:
             path = self._fetch(rank, Path(self._folder.name))
             self._files[rank] = safe_open(path, framework="pt", device="cpu")

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -111,7 +110,7 @@ class CheckpointWriter:
         self._staging.fill(shard)
 
     def save(
-        self, step: int, shard: StateShard, extra: Mapping[str, Any], *, best: bool = False
+        self, step: int, shard: StateShard, extra: Mapping[str, object], *, best: bool = False
     ) -> None:
         """Copy the shard and start writing it; every rank must call it for the same steps.
 

@@ -8,13 +8,14 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import ray
+import ray.exceptions
 
 from rayft.cluster.driver_context import hide_arguments
 from rayft.cluster.gcs_watch import GcsWatch, patience
@@ -37,7 +38,7 @@ _LOCAL = {"RAY_USAGE_STATS_ENABLED": "0"}
 @contextmanager
 def connected(
     dashboard: bool = False, interrupt: Interrupt | None = None
-) -> Iterator[GcsWatch | None]:
+) -> Generator[GcsWatch | None]:
     """A Ray cluster inside the block. One that was there before (ray.init in a notebook,
     RAY_ADDRESS, a job) stays; one that was started here ends with the block.
 
@@ -78,7 +79,7 @@ def connected(
 
 
 @contextmanager
-def _watched(interrupt: Interrupt | None, *, own: bool) -> Iterator[GcsWatch | None]:
+def _watched(interrupt: Interrupt | None, *, own: bool) -> Generator[GcsWatch | None]:
     if interrupt is None:
         yield None
         return
@@ -98,7 +99,7 @@ def _abandon(own: bool) -> None:
     """
     atexit.unregister(ray.shutdown)
     if own:
-        node = ray._private.worker._global_node
+        node = ray._private.worker._global_node  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]  # see above
         servers = [info.process.pid for each in node.all_processes.values() for info in each]
         below = process.families(servers)  # workers and agents would wait for the GCS as well
         node.kill_all_processes(check_alive=False, allow_graceful=False)
@@ -122,7 +123,7 @@ class _WithoutRaylet(io.TextIOBase):
         self._out.flush()
 
 
-def _start(options: dict, dashboard: bool) -> None:
+def _start(options: dict[str, Any], dashboard: bool) -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith(("http://", "https://", "ray://")):
         raise ConfigError(
@@ -148,7 +149,8 @@ def _start(options: dict, dashboard: bool) -> None:
             fix="ray status" if address else "look into /tmp/ray/session_latest/logs",
         ) from error
     if not address:
-        session = Path(ray._private.worker._global_node.get_session_dir_path())
+        node = ray._private.worker._global_node  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]  # see `_abandon`
+        session = Path(node.get_session_dir_path())
         process.own_session(session)
         process.remove_dead_sessions(session.parent)
 
@@ -181,12 +183,14 @@ def ceiling() -> dict[str, float] | None:
 
     Ray has no public call for this; the private one is held by a test.
     """
-    return ray._private.state.state.get_max_resources_from_cluster_config()
+    state = ray._private.state.state  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]  # see above
+    return state.get_max_resources_from_cluster_config()
 
 
 def has_dashboard() -> bool:
     """Whether this cluster has one; Ray has no public call for this."""
-    return bool(ray._private.worker.get_dashboard_url())
+    worker = ray._private.worker  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]  # see above
+    return bool(worker.get_dashboard_url())
 
 
 def cluster_hardware() -> dict[str, object]:

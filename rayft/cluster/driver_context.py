@@ -67,4 +67,5 @@ def hide_arguments() -> None:
     """
     line = " ".join(sys.orig_argv)
     if redact(line) != line:
-        ray._raylet.setproctitle(redact(line))
+        raylet = ray._raylet  # pyright: ignore[reportAttributeAccessIssue]  # see above
+        raylet.setproctitle(redact(line))

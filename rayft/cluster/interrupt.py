@@ -7,15 +7,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from rayft.core.errors import InterruptedRun
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-Handler = Callable[[int, FrameType | None], Any] | int | None
+Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class Interrupt:
@@ -100,7 +99,7 @@ class Interrupt:
 
 
 @contextmanager
-def handling() -> Iterator[Interrupt]:
+def handling() -> Generator[Interrupt]:
     """Signals go to the Interrupt inside the block."""
     interrupt = Interrupt()
     interrupt.arm()

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from rayft.cluster.driver_context import DriverContext, passed_on
 from rayft.cluster.interrupt import Interrupt
-from rayft.compose.job import TaskMapper
+from rayft.compose.job import Item, Made, TaskMapper
 from rayft.core.errors import RayftError
 
 PERIOD = 0.5  # seconds between two looks at signals
@@ -17,7 +18,7 @@ TRIES = 3  # of a task whose process died; an exception is final
 
 
 @ray.remote(num_cpus=1, max_retries=TRIES)
-def _apply(function: Callable[[Any], Any], item: Any, driver: DriverContext) -> Any:
+def _apply(function: Callable[[Item], Made], item: Item, driver: DriverContext) -> Made:
     driver.enter()  # a relative model path or chat template means the driver's
     return function(item)
 
@@ -30,7 +31,7 @@ def map_on_ray(interrupt: Interrupt) -> TaskMapper:
         RayftError: what `function` raised, or that its process kept dying.
     """
 
-    def map_items(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    def map_items(function: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
         if len(items) == 1:  # a task would only add the start of a process
             return [function(items[0])]
         environment = {"env_vars": passed_on()} if passed_on() else None
@@ -45,7 +46,7 @@ def map_on_ray(interrupt: Interrupt) -> TaskMapper:
 def map_on_hosts(hosts: Sequence[Any], interrupt: Interrupt) -> TaskMapper:
     """`map_on_ray` in actors that load torch anyway (`wait_ready`, `call(f, item)`), in turn."""
 
-    def map_items(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    def map_items(function: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
         _gathered([host.wait_ready.remote() for host in hosts], interrupt)
         asked = [
             hosts[index % len(hosts)].call.remote(function, item)
@@ -56,7 +57,7 @@ def map_on_hosts(hosts: Sequence[Any], interrupt: Interrupt) -> TaskMapper:
     return map_items
 
 
-def _gathered(asked: list[ray.ObjectRef], interrupt: Interrupt) -> list[Any]:
+def _gathered(asked: list[ray.ObjectRef[Made]], interrupt: Interrupt) -> list[Made]:
     open_tasks = asked
     while open_tasks:
         interrupt.check()
@@ -64,7 +65,7 @@ def _gathered(asked: list[ray.ObjectRef], interrupt: Interrupt) -> list[Any]:
     return [_result(reference) for reference in asked]
 
 
-def _result(reference: ray.ObjectRef) -> Any:
+def _result(reference: ray.ObjectRef[Made]) -> Made:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

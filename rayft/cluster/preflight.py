@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayft.cluster.connect import Node, ceiling

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,8 +51,8 @@ def ask(table: TokenTable, tokenizer: PreTrainedTokenizerBase, count: int) -> li
         end = start + int(rest[0]) if len(rest) else len(ids)
         questions.append(
             HeldOutPrompt(
-                tokenizer.decode(ids[:start]),
-                tokenizer.decode(ids[start:end], skip_special_tokens=True),
+                cast(str, tokenizer.decode(ids[:start])),  # a list only for a batch
+                cast(str, tokenizer.decode(ids[start:end], skip_special_tokens=True)),
             )
         )
     return questions

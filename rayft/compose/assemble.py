@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,11 +15,12 @@ from rayft.compose.data import Corpus
 from rayft.compose.step import TrainStep
 from rayft.config.run import Run
 from rayft.core.batch import Batch
-from rayft.core.protocols import Engine, Method, Objective, ParamGroup, Strategy
+from rayft.core.errors import ConfigError
+from rayft.core.protocols import Engine, Method, Objective, ParamGroup, StateHolder, Strategy
 from rayft.data.stream import EvalSet, TrainStream
 from rayft.models.load import check_vocabulary, load_model, model_facts
 from rayft.models.policy import CausalPolicy
-from rayft.models.tokenizer import load_tokenizer
+from rayft.models.tokenizer import load_tokenizer, pad_id
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,17 @@ class BuiltModel:
     step: TrainStep
 
 
+EngineT = TypeVar("EngineT", bound=StateHolder)
+
+
 @dataclass(frozen=True)
-class RunParts:
-    """Everything one rank needs to train and evaluate."""
+class RunParts(Generic[EngineT]):
+    """Everything one rank needs to train and evaluate; the engine of a trial in a pack is its
+    state alone."""
 
     run: Run
     built: BuiltModel
-    engine: Engine
+    engine: EngineT
     stream: TrainStream
     eval_batches: tuple[Batch, ...]
     tasks: tuple[str, ...]
@@ -88,7 +94,7 @@ def strategy_of(run: Run, device: torch.device) -> Strategy:
     )
 
 
-def assemble(run: Run, corpus: Corpus, device: torch.device) -> RunParts:
+def assemble(run: Run, corpus: Corpus, device: torch.device) -> RunParts[Engine]:
     """Everything of a training run on this rank; all ranks must call it (strategies
     communicate)."""
     strategy = strategy_of(run, device)
@@ -97,7 +103,7 @@ def assemble(run: Run, corpus: Corpus, device: torch.device) -> RunParts:
     engine = strategy.prepare(built.step, list(built.groups))
     if not built.policy.probed:
         built.policy.probe()
-    stream = train_stream(run, corpus, built.tokenizer.pad_token_id)
+    stream = train_stream(run, corpus, pad_id(built.tokenizer))
     return RunParts(
         run=run,
         built=built,
@@ -128,7 +134,12 @@ def train_stream(run: Run, corpus: Corpus, pad_id: int) -> TrainStream:
 
 def steps_of(run: Run, stream: TrainStream) -> int:
     """Optimizer steps of `run`."""
-    return run.train.steps or stream.steps_for(run.train.epochs)
+    steps, epochs = run.train.steps, run.train.epochs
+    if steps is not None:
+        return steps
+    if epochs is None:  # TrainSpec refuses this
+        raise ConfigError("say either train.steps or train.epochs")
+    return stream.steps_for(epochs)
 
 
 def held_out(
@@ -137,5 +148,5 @@ def held_out(
     """This rank's evaluation batches; () without held-out data. `limit`: documents at most."""
     if corpus.eval is None:
         return ()
-    size, pad = run.train.eval_batch or run.train.micro_batch, built.tokenizer.pad_token_id
+    size, pad = run.train.eval_batch or run.train.micro_batch, pad_id(built.tokenizer)
     return tuple(EvalSet(corpus.eval, size, pad, limit).batches(rank, world))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import zip_longest
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -123,7 +122,11 @@ def _facts(cache: Storage, digest: str) -> dict[str, str]:
 
 
 def _prepared(
-    run: Run, tokenizer: PreTrainedTokenizerBase, spread: Any, *, heldout: bool
+    run: Run,
+    tokenizer: PreTrainedTokenizerBase,
+    spread: Callable[[Sequence[DataShard], TokenRecipe], list[TokenTable]],
+    *,
+    heldout: bool,
 ) -> TokenTable:
     return prepare(run.data, run.objective, tokenizer, cache_of(run), heldout=heldout, run=spread)
 
@@ -131,7 +134,8 @@ def _prepared(
 def _tokenise(item: tuple[DataShard, TokenRecipe, ModelSpec]) -> TokenTable:
     """One work item; runs in a task of its own."""
     shard, how, model = item
-    return tokenise_shard(shard, _tokenizer(model), how)
+    known = _tokenizer(model)  # pyright: ignore[reportArgumentType]  # frozen by pydantic, so hashable
+    return tokenise_shard(shard, known, how)
 
 
 @lru_cache(maxsize=1)

@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 
 from rayft.core.batch import Batch
-from rayft.core.protocols import Engine, Objective
+from rayft.core.protocols import Evaluator, Objective
 from rayft.core.reduce import counts, sum_over_ranks
 
 
 def evaluate(
-    engine: Engine, objective: Objective, batches: Sequence[Batch], tasks: Sequence[str]
+    engine: Evaluator, objective: Objective, batches: Sequence[Batch], tasks: Sequence[str]
 ) -> dict[str, float]:
     """Evaluation metrics over this and all other ranks' batches.
 

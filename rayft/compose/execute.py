@@ -20,6 +20,7 @@ from rayft.compose.loop import LoopHooks, LoopProgress, StepRunner, StepSchedule
 from rayft.compose.publish import EXPORT, choose_commit, publish
 from rayft.compose.session import RunSession, peak_memory
 from rayft.config.run import Run
+from rayft.core.protocols import Engine
 from rayft.models.quiet import hush
 from rayft.records.run_record import BestEvaluation, RunRecord, stored
 from rayft.storage.folder import Storage
@@ -66,14 +67,14 @@ def execute(
     return outcome
 
 
-def stepper_of(parts: RunParts) -> StepRunner:
+def stepper_of(parts: RunParts[Engine]) -> StepRunner:
     """The steps of an attempt on this rank; made before the first of them."""
     built = parts.built
     check = GradientCheck(built.step, built.groups, parts.engine)
     return StepRunner(parts.engine, built.objective, parts.stream, parts.lrs, check)
 
 
-def _begin(job: AttemptJob, session: RunSession, schedule: StepSchedule) -> None:
+def _begin(job: AttemptJob, session: RunSession[Engine], schedule: StepSchedule) -> None:
     """From the start, with the base model's evaluation; or from another run's state, which is
     saved at once as this run's own."""
     if not job.source:
@@ -83,7 +84,7 @@ def _begin(job: AttemptJob, session: RunSession, schedule: StepSchedule) -> None
     session.save(session.progress.step, session.progress.best is not None)
 
 
-def _started(parts: RunParts, progress: LoopProgress) -> ProgressEvent:
+def _started(parts: RunParts[Engine], progress: LoopProgress) -> ProgressEvent:
     return ProgressEvent(
         "start",
         progress.step,
@@ -95,7 +96,7 @@ def _started(parts: RunParts, progress: LoopProgress) -> ProgressEvent:
 
 
 def _record(
-    job: AttemptJob, storage: Storage, parts: RunParts, progress: LoopProgress
+    job: AttemptJob, storage: Storage, parts: RunParts[Engine], progress: LoopProgress
 ) -> RunRecord:
     """What the model card tells: the driver's record, with this attempt's results."""
     run = parts.run  # its record may be damaged; the driver writes it again when this is told
@@ -115,7 +116,7 @@ def _record(
     )
 
 
-def _outcome(status: str, session: RunSession) -> AttemptOutcome:
+def _outcome(status: str, session: RunSession[Engine]) -> AttemptOutcome:
     parts, progress = session.parts, session.progress
     return AttemptOutcome(
         status=status,

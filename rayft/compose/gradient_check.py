@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -152,7 +152,7 @@ def refuse_missing_backward() -> None:
 
 
 @contextmanager
-def dead_graphs_named(where: str) -> Iterator[None]:
+def dead_graphs_named(where: str) -> Generator[None]:
     """Around backward passes.
 
     Raises:

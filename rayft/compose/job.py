@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -84,4 +87,4 @@ class DriverSignals(Protocol):
 class TaskMapper(Protocol):
     """Applies a module-level function to many small work items, somewhere; results in order."""
 
-    def __call__(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]: ...
+    def __call__(self, function: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]: ...

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ class EvalEngine:
         return self.step(batch.tensors(), batch.packed, dict(scale))
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Generator[None]:
         self.step.eval()
         with torch.no_grad():
             yield
@@ -117,6 +117,8 @@ def evaluate_run(where: str, *, generate: int = 0, limit: int | None = None) -> 
         raise DataError("this run has no held-out data", fix="add data.eval to its config")
     prepared = prepare_data(opened.run, lambda function, items: [function(item) for item in items])
     corpus = open_corpus(opened.run, prepared.uri, prepared.hash)
+    if corpus.eval is None:
+        raise DataError("this run has no prepared held-out data")
     batches = held_out(opened.run, corpus, opened.built, 0, 1, limit)
     engine = EvalEngine(opened.built, opened.device)
     questions = ask(corpus.eval, opened.built.tokenizer, generate)

@@ -6,9 +6,9 @@ import contextlib
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,13 @@ from rayft.checkpoint.folders import all_damaged, damaged, give_up
 from rayft.checkpoint.manifest import folder_name
 from rayft.checkpoint.reader import Commit, donated, find_commit, load_commit
 from rayft.checkpoint.writer import REFUSED, CheckpointWriter
-from rayft.compose.assemble import RunParts
+from rayft.compose.assemble import EngineT, RunParts
 from rayft.compose.evaluate import evaluate
 from rayft.compose.job import AttemptJob, DriverSignals, EventKind, ProgressEvent
 from rayft.compose.loop import LoopProgress, StepResult, StepSchedule
 from rayft.core.address import above
 from rayft.core.errors import PermanentStorageError, StorageError
+from rayft.core.protocols import Engine
 from rayft.core.shards import StateShard
 from rayft.records.series import METRICS, gaps
 from rayft.storage.folder import Storage
@@ -87,18 +88,18 @@ class GlobalGenerators:
 
 
 @dataclass
-class RunSession:
+class RunSession(Generic[EngineT]):
     """The side effects of one attempt on one rank."""
 
     job: AttemptJob
-    parts: RunParts
+    parts: RunParts[EngineT]
     storage: Storage  # of the run
     signals: DriverSignals
     began: float  # time.monotonic() when this attempt started
     progress: LoopProgress = field(default_factory=LoopProgress)
     earlier: float = 0.0  # seconds of the attempts before this one
     told: int = -1  # step of the last save that the driver knows of
-    generators: RandomGenerators | None = None  # default: this process's own
+    drawing: RandomGenerators | None = None  # default: this process's own
 
     def __post_init__(self) -> None:
         engine = self.parts.engine
@@ -111,7 +112,7 @@ class RunSession:
             keep=self.parts.run.train.keep,
             config=self.job.digest,
         )
-        self.generators = self.generators or GlobalGenerators(self.device)
+        self.generators: RandomGenerators = self.drawing or GlobalGenerators(self.device)
         self.lease = LeaseWatch(self.storage, self.job.lease)
         self.metrics = LineAppender(self.storage, METRICS) if self.rank == 0 else None
 
@@ -203,7 +204,7 @@ class RunSession:
         }
         self._record("step", line)
 
-    def evaluate(self, step: int) -> bool:
+    def evaluate(self: RunSession[Engine], step: int) -> bool:
         """Evaluate, log, and say whether it is the best so far. Step 0 is the base model."""
         parts = self.parts
         if not parts.eval_batches:
@@ -289,7 +290,7 @@ class RunSession:
             self.told = committed
             self.signals.progress(ProgressEvent("save", committed))
 
-    def _record(self, kind: EventKind, line: dict[str, Any]) -> None:
+    def _record(self, kind: EventKind, line: Mapping[str, Any]) -> None:
         """Rank 0: to storage and to the driver."""
         if self.metrics is not None:
             self.lease.check()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from rayft.core.batch import Batch
 from rayft.core.protocols import Objective
+from rayft.models.policy import CausalPolicy
 
 PREFIX = "policy.model."  # parameter names of the step module, less this, are the model's own names
 
@@ -14,7 +15,7 @@ PREFIX = "policy.model."  # parameter names of the step module, less this, are t
 class TrainStep(nn.Module):
     """forward(tensors, packed, scale) -> {term: (B,) per-row sums}."""
 
-    def __init__(self, policy: nn.Module, objective: Objective) -> None:
+    def __init__(self, policy: CausalPolicy, objective: Objective) -> None:
         super().__init__()
         self.policy = policy
         self.objective = objective

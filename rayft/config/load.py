@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rayft.config import space
 from rayft.config.menu_tree import tidy
@@ -18,7 +17,7 @@ from rayft.core.errors import ConfigError
 from rayft.storage.folder import Storage
 
 
-def load(source: str | Path | Mapping[str, Any] | Run, overrides: Sequence[str] = ()) -> Run:
+def load(source: str | Path | Mapping[str, object] | Run, overrides: Sequence[str] = ()) -> Run:
     """Read, override, validate, and refuse what is impossible.
 
     Paths inside a config (data, models, storage) are relative to the current directory, not to the

@@ -38,10 +38,10 @@ class MenuPlace:
     sort: Literal["spec", "union", "list", "leaf"]
     specs: dict[str, type[Spec]] = field(default_factory=dict, hash=False)
     item: MenuPlace | None = None
-    annotation: Any = None
+    annotation: object = None
     optional: bool = False
 
-    def spec(self, value: Any) -> type[Spec] | None:
+    def spec(self, value: object) -> type[Spec] | None:
         """The spec that `value` is written for; None when its kind is missing or unknown."""
         if self.sort == "spec":
             return self.specs[""]
@@ -50,7 +50,7 @@ class MenuPlace:
 
 
 @cache
-def place(annotation: Any) -> MenuPlace:
+def place(annotation: object) -> MenuPlace:
     """The place that a type annotation of a spec describes."""
     if get_origin(annotation) is Annotated:
         return place(get_args(annotation)[0])
@@ -102,8 +102,8 @@ def tidy(source: ConfigSource, wrong: list[tuple[Keys, str]]) -> None:
 
 
 def _tidy(
-    at: MenuPlace, value: Any, keys: Keys, source: ConfigSource, wrong: list[tuple[Keys, str]]
-) -> Any:
+    at: MenuPlace, value: object, keys: Keys, source: ConfigSource, wrong: list[tuple[Keys, str]]
+) -> object:
     if at.sort == "leaf":
         return _leaf(at.annotation, value, keys, source, wrong)
     if value is None:
@@ -132,7 +132,7 @@ def _tidy(
     return {key: v for key, v in inner.items() if v is not ABSENT}
 
 
-def _written_out(at: MenuPlace, word: str) -> Any:
+def _written_out(at: MenuPlace, word: str) -> object:
     """The mapping that a bare string stands for; the string where it stands for none."""
     if at.sort == "union":
         if ZeroSpec in at.specs.values() and word in PRESETS:
@@ -142,7 +142,7 @@ def _written_out(at: MenuPlace, word: str) -> Any:
     return {short: word} if short else word
 
 
-def _preset(value: dict[str, Any]) -> dict[str, Any]:
+def _preset(value: dict[str, Any]) -> dict[str, object]:
     """`{kind: zero3, offload: cpu}` is the preset with a field changed."""
     kind = value.get("kind")
     if kind not in list(PRESETS):
@@ -151,8 +151,12 @@ def _preset(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leaf(
-    annotation: Any, value: Any, keys: Keys, source: ConfigSource, wrong: list[tuple[Keys, str]]
-) -> Any:
+    annotation: object,
+    value: object,
+    keys: Keys,
+    source: ConfigSource,
+    wrong: list[tuple[Keys, str]],
+) -> object:
     members = set(get_args(annotation)) if isinstance(annotation, types.UnionType) else {annotation}
     if str in members and members <= {str, type(None)} and isinstance(value, bool | int | float):
         return source.raw.get(keys, value)  # `subset: 2024`, `revision: 12e5`: text as typed

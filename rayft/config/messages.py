@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Union, get_args, get_origin
 
 from pydantic_core import ErrorDetails
@@ -43,7 +43,7 @@ _PATTERNS = {
 }
 
 
-def sentences(errors: Iterable[ErrorDetails], data: Any) -> list[Mistake]:
+def sentences(errors: Iterable[ErrorDetails], data: object) -> list[Mistake]:
     """(path, sentence) of every mistake, one per path, in the order they are found."""
     grouped: dict[Keys, list[ErrorDetails]] = {}
     for error in errors:
@@ -88,24 +88,24 @@ def _keys(loc: tuple[str | int, ...]) -> tuple[Keys, int]:
     return tuple(keys), 0
 
 
-def _is_choice(annotation: Any) -> bool:
+def _is_choice(annotation: object) -> bool:
     members = [a for a in get_args(annotation) if a is not type(None)]
     return get_origin(annotation) in (Union, types.UnionType) and len(members) > 1
 
 
-def _value(data: Any, keys: Keys) -> Any:
+def _value(data: object, keys: Keys) -> Any:
     """What stands at a path; None where nothing does."""
     for key in keys:
-        if not isinstance(data, dict | list):
-            return None
-        try:
+        if isinstance(data, dict):
+            data = data.get(key)
+        elif isinstance(data, list) and isinstance(key, int) and -len(data) <= key < len(data):
             data = data[key]
-        except (LookupError, TypeError):
+        else:
             return None
     return data
 
 
-def _sentence(keys: Keys, group: list[ErrorDetails], data: Any) -> str:
+def _sentence(keys: Keys, group: list[ErrorDetails], data: object) -> str:
     error = group[0]
     name = dotted(keys) or "the config"
     match error["type"]:
@@ -116,7 +116,9 @@ def _sentence(keys: Keys, group: list[ErrorDetails], data: Any) -> str:
         case "union_tag_invalid" | "union_tag_not_found":
             return _kind(keys, _value(data, keys))
         case "value_error":
-            return f"{name}: {error['ctx']['error']}"
+            return f"{name}: {_context(error)['error']}"
+        case _:
+            pass
     value = _value(data, keys)
     wanted, given = _wanted(group), _shown(value)
     hint = _near_choice(error, given) or _default_hint(keys, data)
@@ -152,15 +154,19 @@ def _want(error: ErrorDetails) -> str:
     return _EXPECTED.get(sort.split("_")[0], error["msg"].lower())
 
 
+def _context(error: ErrorDetails) -> dict[str, Any]:
+    return error.get("ctx", {})
+
+
 def _near_choice(error: ErrorDetails, given: str) -> str:
     if error["type"] != "literal_error":
         return ""
-    words = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+    words = re.findall(r"'([^']*)'", _context(error)["expected"])
     near = difflib.get_close_matches(given.strip("'").lower(), words, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _default_hint(keys: Keys, data: Any) -> str:
+def _default_hint(keys: Keys, data: object) -> str:
     """A key without a value was probably meant to have its default."""
     spec = _spec_at(keys[:-1], data)
     info = spec.model_fields.get(str(keys[-1])) if spec and keys else None
@@ -169,7 +175,7 @@ def _default_hint(keys: Keys, data: Any) -> str:
     return f"; leave the key out for its default ({info.default})"
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value as it may stand in a message."""
     if value is None:
         return "empty (null)"
@@ -183,7 +189,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:36]}...{text[-1]}"
 
 
-def _missing(keys: Keys, value: Any) -> str:
+def _missing(keys: Keys, value: object) -> str:
     spec = _spec_at(keys[:-1], {})
     info = spec.model_fields.get(str(keys[-1])) if spec else None
     if isinstance(value, list):
@@ -196,7 +202,7 @@ def _missing(keys: Keys, value: Any) -> str:
     return f"is missing: {told[0].lower()}{told[1:]}" if told else "is missing"
 
 
-def _kind(keys: Keys, value: Any) -> str:
+def _kind(keys: Keys, value: object) -> str:
     at = place_of(keys)
     name, kinds = dotted(keys), list(at.specs)
     if not isinstance(value, dict) or "kind" not in value:
@@ -210,11 +216,11 @@ def _kind(keys: Keys, value: Any) -> str:
     return f"{name} knows no kind {_shown(value['kind'])}{hint} (there are: {', '.join(kinds)})"
 
 
-def _fits(spec: type[Spec], value: dict[str, Any]) -> bool:
+def _fits(spec: type[Spec], value: Mapping[str, object]) -> bool:
     return bool(value) and set(value) <= set(spec.model_fields)
 
 
-def place_of(keys: Keys, data: Any = None) -> MenuPlace:
+def place_of(keys: Keys, data: object = None) -> MenuPlace:
     """The place at a path; in a union, `data` decides the kind, else any kind that has the key."""
     at = ROOT
     for index, key in enumerate(keys):
@@ -230,14 +236,14 @@ def place_of(keys: Keys, data: Any = None) -> MenuPlace:
     return at
 
 
-def _spec_at(keys: Keys, data: Any) -> type[Spec] | None:
+def _spec_at(keys: Keys, data: object) -> type[Spec] | None:
     at = place_of(keys, data)
     if at.sort == "union":
         return at.spec(_value(data, keys))
     return at.specs.get("")
 
 
-def _unknown(keys: Keys, data: Any) -> str:
+def _unknown(keys: Keys, data: object) -> str:
     """`; did you mean ...?` for an unknown key: a near name here, another tool's, or elsewhere."""
     parents, word = keys[:-1], str(keys[-1])
     spec = _spec_at(parents, data)

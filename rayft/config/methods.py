@@ -20,11 +20,11 @@ class LoraSpec(Spec):
     quantised base QLoRA."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(16, ge=1, le=4096)
+    rank: int = Field(default=16, ge=1, le=4096)
     """Rank r of the update B @ A."""
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by alpha / rank (rslora: alpha / sqrt(rank))."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     targets: str | tuple[str, ...] = "all-linear"
     """`all-linear` (all but the output head), a list of module-name endings, or one regular
@@ -33,7 +33,7 @@ class LoraSpec(Spec):
     """Scale by alpha / sqrt(rank) (Kalajdzievski 2023)."""
     dora: bool = False
     """Train magnitude and direction apart (Liu et al. 2024)."""
-    lr_ratio: float = Field(1.0, gt=0)
+    lr_ratio: float = Field(default=1.0, gt=0)
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024); 1 is plain LoRA."""
 
 

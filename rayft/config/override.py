@@ -71,29 +71,31 @@ def _step(
 ) -> Any:
     """Go one key down, creating what the defaults would have put there."""
     if isinstance(holder, list):
-        _index(holder, keys, told)
-        if key == len(holder):
+        number = _index(holder, keys, told)
+        if number == len(holder):
             holder.append({})
             found.places[keys] = told
-    elif holder.get(str(key)) is None:
-        holder[str(key)] = _default(found, keys)
-        found.places[keys] = told
-    inner = holder[key if isinstance(holder, list) else str(key)]
+        inner = holder[number]
+    else:
+        if holder.get(str(key)) is None:
+            holder[str(key)] = _default(found, keys)
+            found.places[keys] = told
+        inner = holder[str(key)]
     if not isinstance(inner, list | dict):
         raise ConfigError(f"{dotted(keys)} is {inner!r} and has nothing inside it", where=told)
     return inner
 
 
-def _put(holder: Any, keys: Keys, value: Any, told: str) -> None:
-    key = keys[-1]
+def _put(holder: Any, keys: Keys, value: object, told: str) -> None:
     if isinstance(holder, list):
-        _index(holder, keys, told)
-        holder[key : key + 1] = [value]  # also appends
+        number = _index(holder, keys, told)
+        holder[number : number + 1] = [value]  # also appends
     else:
-        holder[str(key)] = value
+        holder[str(keys[-1])] = value
 
 
-def _index(holder: list[Any], keys: Keys, told: str) -> None:
+def _index(holder: list[Any], keys: Keys, told: str) -> int:
+    """The last key as a place in `holder`, or the one behind its end."""
     key = keys[-1]
     if not isinstance(key, int):
         last = len(holder) - 1
@@ -108,9 +110,10 @@ def _index(holder: list[Any], keys: Keys, told: str) -> None:
             f"{'entry' if len(holder) == 1 else 'entries'}, counted from 0",
             where=told,
         )
+    return key
 
 
-def _default(found: ConfigSource, keys: Keys) -> Any:
+def _default(found: ConfigSource, keys: Keys) -> object:
     """What stands at `keys` when nothing is written there, as far as an override must see it."""
     parent = place_of(keys[:-1], found.data)
     spec = parent.specs.get("")
@@ -120,7 +123,7 @@ def _default(found: ConfigSource, keys: Keys) -> Any:
     return default if isinstance(default, list | dict) else {}
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Specs, tuples and paths as YAML would have given them; a copy."""
     if isinstance(value, Spec):
         kind = {"kind": value.model_dump()["kind"]} if "kind" in type(value).model_fields else {}

@@ -100,7 +100,7 @@ class _NodeWalk:
         if self.seen > VALUES:
             raise excess_values(node.start_mark)
 
-    def value(self, node: yaml.Node, keys: Keys) -> Any:
+    def value(self, node: yaml.Node, keys: Keys) -> object:
         self.count(node)
         self.source.places.setdefault(keys, self.at(node))
         if isinstance(node, yaml.ScalarNode):
@@ -213,8 +213,9 @@ def _broken(error: yaml.MarkedYAMLError, text: str, name: str, place: str | None
     """The parser's complaint as one sentence with line and column."""
     mark = error.problem_mark or error.context_mark
     problem = error.problem or str(error)
+    where = name if mark is None else f"{name}:{mark.line + 1}:{mark.column + 1}"
     if isinstance(error, ExcessError):
-        return ConfigError(problem, where=place or f"{name}:{mark.line + 1}:{mark.column + 1}")
+        return ConfigError(problem, where=place or where)
     said = next((plain for start, plain in _PLAIN if start in problem), problem)
     if mark is None:
         return ConfigError(f"broken YAML: {said}", where=place or name)
@@ -223,9 +224,7 @@ def _broken(error: yaml.MarkedYAMLError, text: str, name: str, place: str | None
     if "\t" in line[: mark.column + 1]:
         said = "a tab; YAML is indented with spaces only"
     shown = f"\n  | {redact(line.strip())[:90]}" if line.strip() else ""
-    return ConfigError(
-        f"broken YAML: {said}{shown}", where=place or f"{name}:{mark.line + 1}:{mark.column + 1}"
-    )
+    return ConfigError(f"broken YAML: {said}{shown}", where=place or where)
 
 
 def read(path: Path) -> ConfigSource:

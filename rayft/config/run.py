@@ -15,6 +15,7 @@ from rayft.config.objectives import ObjectiveSpec, SftSpec
 from rayft.config.penalties import Penalties
 from rayft.config.strategies import PRESETS, DdpSpec, StrategySpec, ZeroSpec
 from rayft.config.sweep import SweepSpec
+from rayft.core.errors import ConfigError
 
 WORKERS = 100_000
 
@@ -49,21 +50,21 @@ class OptimSpec(Spec):
 
     kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """Optimizer; the 8-bit ones come from bitsandbytes."""
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the first and second moment."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled; never on biases, norms and embeddings' one-dimensional parameters."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape after the warm-up."""
-    warmup: float = Field(0.03, ge=0, le=STEPS)
+    warmup: float = Field(default=0.03, ge=0, le=STEPS)
     """Below 1: share of all steps; 1 and above: steps."""
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Where linear and cosine end, relative to the peak."""
-    clip: float | None = Field(1.0, gt=0)
+    clip: float | None = Field(default=1.0, gt=0)
     """Largest gradient norm; null for none."""
 
     @field_validator("betas")
@@ -77,27 +78,27 @@ class OptimSpec(Spec):
 class TrainSpec(Spec):
     """How long, how much per step, and what is kept."""
 
-    steps: int | None = Field(None, ge=1, le=STEPS)
+    steps: int | None = Field(default=None, ge=1, le=STEPS)
     """Optimizer steps; or say epochs."""
-    epochs: float | None = Field(None, gt=0, le=10**6)
+    epochs: float | None = Field(default=None, gt=0, le=10**6)
     """Passes over the training data; or say steps."""
-    global_batch: int = Field(16, ge=1, le=10**7)
+    global_batch: int = Field(default=16, ge=1, le=10**7)
     """Rows per optimizer step over all workers (packed: rows of max_length)."""
-    micro_batch: int = Field(4, ge=1, le=10**6)
+    micro_batch: int = Field(default=4, ge=1, le=10**6)
     """Rows per forward pass on one worker."""
-    eval_every: int | None = Field(None, ge=1, le=STEPS)
+    eval_every: int | None = Field(default=None, ge=1, le=STEPS)
     """Steps between evaluations; default: only before the first and after the last step."""
-    eval_batch: int | None = Field(None, ge=1, le=10**6)
+    eval_batch: int | None = Field(default=None, ge=1, le=10**6)
     """Rows per evaluation forward pass; default: micro_batch."""
-    save_every: int | None = Field(None, ge=1, le=STEPS)
+    save_every: int | None = Field(default=None, ge=1, le=STEPS)
     """Steps between checkpoints; default: eval_every, else only at the end."""
-    keep: int = Field(2, ge=2, le=10**6)
+    keep: int = Field(default=2, ge=2, le=10**6)
     """Committed checkpoints kept, besides the best one."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass; auto: model.dtype, but fp32 on CPUs that are slow at bf16."""
-    log_every: int = Field(1, ge=1, le=STEPS)
+    log_every: int = Field(default=1, ge=1, le=STEPS)
     """Steps between lines of metrics.jsonl."""
 
     @model_validator(mode="after")
@@ -113,15 +114,15 @@ class ScaleSpec(Spec):
     workers: int | tuple[int, int] = 1
     """Ray Train workers; 0 trains in this process without Ray (debugging); [min, max] is
     elastic."""
-    gpus: float | None = Field(None, ge=0, le=1024)
+    gpus: float | None = Field(default=None, ge=0, le=1024)
     """GPUs per worker; default: 1 where the cluster has GPUs, else 0."""
-    cpus: float = Field(1, gt=0, le=10_000)
+    cpus: float = Field(default=1, gt=0, le=10_000)
     """CPUs per worker; also its thread count."""
     resources: dict[str, Annotated[float, Field(ge=0, le=10**9)]] = {}
     """Further Ray resources per worker."""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """Ray placement strategy."""
-    retries: int = Field(3, ge=0, le=10**6)
+    retries: int = Field(default=3, ge=0, le=10**6)
     """Attempts after the first one, each from the last commit, with back-off."""
 
     @field_validator("workers")
@@ -142,11 +143,11 @@ class Run(Spec):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Run name: the folder below storage."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of data order, initialisation and dropout."""
     model: ModelSpec
     """The base model; a bare string is its path."""
-    methods: tuple[MethodSpec, ...] = Field((LoraSpec(),), min_length=1, max_length=32)
+    methods: tuple[MethodSpec, ...] = Field(default=(LoraSpec(),), min_length=1, max_length=32)
     """What is trainable; several make a hybrid."""
     objective: ObjectiveSpec = SftSpec()
     """What is minimised."""
@@ -173,7 +174,7 @@ class Run(Spec):
 
     @field_validator("strategy", mode="before")
     @classmethod
-    def _preset(cls, value: Any) -> Any:
+    def _preset(cls, value: object) -> object:
         if isinstance(value, str):
             if value not in PRESETS:
                 raise ValueError(f"unknown preset {value!r}; presets: {', '.join(PRESETS)}")
@@ -184,6 +185,18 @@ class Run(Spec):
     def arithmetic(self) -> str:
         """Of the forward pass, as the config has it: "fp32" or "bf16"."""
         return self.model.dtype if self.train.precision == "auto" else self.train.precision
+
+    @property
+    def swept(self) -> SweepSpec:
+        """The sweep block of a config that has one.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if self.sweep is None:
+            example = "add e.g. sweep: {space: {methods.0.rank: {choice: [8, 16, 32]}}}"
+            raise ConfigError("this config has no sweep block", where="sweep", fix=example)
+        return self.sweep
 
     def resolved(self) -> dict[str, Any]:
         """Plain JSON data, every default written out."""

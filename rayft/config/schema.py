@@ -10,7 +10,7 @@ from rayft.config.run import Run
 from rayft.config.strategies import PRESETS, ZeroSpec
 
 
-def schema() -> dict[str, Any]:
+def schema() -> dict[str, object]:
     """JSON Schema (draft 2020-12) of a config file."""
     whole = Run.model_json_schema()
     _shorten(Run, whole["properties"])

@@ -15,7 +15,7 @@ from rayft.config.messages import Mistake, sentences
 from rayft.config.override import plain, put
 from rayft.config.parse import ConfigSource, Keys, dotted, split
 from rayft.config.run import Run
-from rayft.config.sweep import Domain, SweepSpec, perturbable
+from rayft.config.sweep import Domain, perturbable
 from rayft.config.validate import ruled, validated
 from rayft.core.errors import ConfigError
 
@@ -47,7 +47,7 @@ FIXED = {
 """Fields that no trial may differ in, and why."""
 
 
-def params_of(space: Mapping[str, Domain], picks: Mapping[str, Any]) -> dict[str, Any]:
+def params_of(space: Mapping[str, Domain], picks: Mapping[str, Any]) -> dict[str, object]:
     """{path: value} of one pick per dimension; the pick of a paired one is its whole entry."""
     params: dict[str, Any] = {}
     for name, domain in space.items():
@@ -56,7 +56,7 @@ def params_of(space: Mapping[str, Domain], picks: Mapping[str, Any]) -> dict[str
 
 
 def applied(
-    run: Run, params: Mapping[str, Any], *, name: str | None = None, storage: str | None = None
+    run: Run, params: Mapping[str, object], *, name: str | None = None, storage: str | None = None
 ) -> Run:
     """The trial that `params` make of the base `run`: a Run without a sweep, checked like a file.
 
@@ -67,7 +67,7 @@ def applied(
     Raises:
         ConfigError: naming the path and the value, or the rule that refuses the combination.
     """
-    data = run.resolved() | {"sweep": None}
+    data: dict[str, Any] = run.resolved() | {"sweep": None}
     data |= {key: value for key, value in (("name", name), ("storage", storage)) if value}
     if run.sweep is not None and run.sweep.steps is not None:
         data["train"] |= {"steps": run.sweep.steps, "epochs": None}
@@ -77,17 +77,17 @@ def applied(
     return ruled(found, validated(found, wrong))
 
 
-def combination(space: Mapping[str, Domain], index: int) -> dict[str, Any]:
+def combination(space: Mapping[str, Domain], index: int) -> dict[str, object]:
     """The picks of one combination of a finite space; the last dimension varies fastest."""
     picks: dict[str, Any] = {}
-    for name, domain in reversed(space.items()):
+    for name, domain in reversed(list(space.items())):
         values = domain.values or ()
         index, rest = divmod(index, len(values))
         picks[name] = values[rest]
     return {name: picks[name] for name in space}
 
 
-def drawn(domain: Domain, chance: random.Random) -> Any:
+def drawn(domain: Domain, chance: random.Random) -> object:
     """One value of a dimension, by chance."""
     if domain.uniform is not None:
         return chance.uniform(*domain.uniform)
@@ -159,7 +159,7 @@ def _within(path: str, outer: str) -> bool:
     return path == outer or path.startswith(f"{outer}.")
 
 
-def _values(base: dict[str, Any], name: str, domain: Domain) -> Iterator[tuple[Keys, str]]:
+def _values(base: Mapping[str, object], name: str, domain: Domain) -> Iterator[tuple[Keys, str]]:
     """Values that the base config refuses: the keys inside the domain, and a sentence. An unknown
     path refuses them all, and is said once."""
     (kind,) = domain.model_dump()
@@ -181,10 +181,11 @@ def _values(base: dict[str, Any], name: str, domain: Domain) -> Iterator[tuple[K
             )
 
 
-def _refused(base: dict[str, Any], params: Mapping[str, Any]) -> str:
+def _refused(base: Mapping[str, object], params: Mapping[str, object]) -> str:
     """The first mistake of `base` with `params`, "" when there is none. Rules are left aside: what
     they refuse depends on the other dimensions."""
     found = ConfigSource("config", copy.deepcopy(base))
+    wrong: list[Mistake] = []
     try:
         wrong = _set(found, params)
         Run.model_validate(found.data)
@@ -195,7 +196,7 @@ def _refused(base: dict[str, Any], params: Mapping[str, Any]) -> str:
     return wrong[0][1] if wrong else ""
 
 
-def _set(found: ConfigSource, params: Mapping[str, Any]) -> list[Mistake]:
+def _set(found: ConfigSource, params: Mapping[str, object]) -> list[Mistake]:
     """Put `params` into the config, short forms written out; the mistakes seen on the way."""
     wrong: list[Mistake] = []
     for path, value in params.items():
@@ -204,15 +205,3 @@ def _set(found: ConfigSource, params: Mapping[str, Any]) -> list[Mistake]:
         put(found, split(path), new, told)
     tidy(found, wrong)
     return [(keys, f"{dotted(keys)} {said}") for keys, said in wrong]
-
-
-def sweep_of(run: Run) -> SweepSpec:
-    """The sweep block of a run.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    if run.sweep is None:
-        example = "add e.g. sweep: {space: {methods.0.rank: {choice: [8, 16, 32]}}}"
-        raise ConfigError("this config has no sweep block", where="sweep", fix=example)
-    return run.sweep

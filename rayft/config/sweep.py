@@ -24,23 +24,23 @@ class Domain(Spec):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    choice: tuple[Any, ...] | None = Field(None, min_length=1, max_length=LISTED)
+    choice: tuple[Any, ...] | None = Field(default=None, min_length=1, max_length=LISTED)
     """One of these values."""
-    grid: tuple[Any, ...] | None = Field(None, min_length=1, max_length=LISTED)
+    grid: tuple[Any, ...] | None = Field(default=None, min_length=1, max_length=LISTED)
     """Every one of these values (search: grid or random)."""
     uniform: tuple[float, float] | None = None
     """[low, high], evenly."""
     loguniform: tuple[float, float] | None = None
     """[low, high], evenly in the logarithm."""
-    integers: tuple[int, int] | None = Field(None, alias="int")
+    integers: tuple[int, int] | None = Field(default=None, alias="int")
     """[low, high], whole numbers, both ends included."""
-    paired: tuple[dict[str, Any], ...] | None = Field(None, min_length=1, max_length=LISTED)
+    paired: tuple[dict[str, Any], ...] | None = Field(default=None, min_length=1, max_length=LISTED)
     """Fields that change together, each entry {path: value, ...}; the dimension's own name is free
     then."""
 
     @model_validator(mode="before")
     @classmethod
-    def _readable(cls, data: Any) -> Any:
+    def _readable(cls, data: object) -> object:
         """What the types below would refuse in words that say less."""
         if isinstance(data, Domain):
             return data
@@ -84,13 +84,13 @@ class Domain(Spec):
         return self
 
     @model_serializer
-    def _as_written(self) -> dict[str, Any]:
+    def _as_written(self) -> dict[str, object]:
         """{choice: [...]}: the one that is given."""
         listed = {name: value for name, value in self if value is not None}
         return {_written(name): value for name, value in listed.items()}
 
     @property
-    def values(self) -> Sequence[Any] | None:
+    def values(self) -> Sequence[object] | None:
         """All values of a finite domain (paired: its mappings); None of a continuous one."""
         for listed in (self.choice, self.grid, self.paired):
             if listed is not None:
@@ -111,7 +111,7 @@ def _written(name: str) -> str:
     return "int" if name == "integers" else name
 
 
-def _known(key: Any, value: Any) -> None:
+def _known(key: object, value: object) -> None:
     """Refuse what is no kind of domain."""
     if key in KINDS or key == "integers":
         return
@@ -127,7 +127,7 @@ class OptunaSpec(Spec):
     """Tree-structured Parzen estimator (Bergstra et al. 2011), by Optuna."""
 
     kind: Literal["optuna"] = "optuna"
-    startup: int = Field(8, ge=1, le=TRIALS)
+    startup: int = Field(default=8, ge=1, le=TRIALS)
     """Random trials before the model is trusted."""
 
 
@@ -147,9 +147,9 @@ class AshaSpec(Spec):
     """Asynchronous successive halving (Li et al. 2018, arXiv 1810.05934)."""
 
     kind: Literal["asha"] = "asha"
-    grace: int | None = Field(None, ge=1, le=STEPS)
+    grace: int | None = Field(default=None, ge=1, le=STEPS)
     """Steps that every trial gets; default: the first evaluation."""
-    factor: float = Field(3, gt=1, le=10**6)
+    factor: float = Field(default=3, gt=1, le=10**6)
     """One trial in `factor` survives a rung; the next rung is `factor` times as far."""
 
 
@@ -158,11 +158,11 @@ class PbtSpec(Spec):
     weights and all, and go on with other settings."""
 
     kind: Literal["pbt"] = "pbt"
-    every: int | None = Field(None, ge=1, le=STEPS)
+    every: int | None = Field(default=None, ge=1, le=STEPS)
     """Steps between two exploits; default: every evaluation."""
-    quantile: float = Field(0.25, gt=0, le=0.5)
+    quantile: float = Field(default=0.25, gt=0, le=0.5)
     """Share of the population that copies, and that is copied."""
-    resample: float = Field(0.25, ge=0, le=1)
+    resample: float = Field(default=0.25, ge=0, le=1)
     """Probability of a fresh value instead of a neighbouring one."""
 
 
@@ -170,9 +170,9 @@ class MedianSpec(Spec):
     """Stop what is worse than the median of the others at the same step (Golovin et al. 2017)."""
 
     kind: Literal["median"] = "median"
-    grace: int | None = Field(None, ge=1, le=STEPS)
+    grace: int | None = Field(default=None, ge=1, le=STEPS)
     """Steps that every trial gets; default: the first evaluation."""
-    least: int = Field(3, ge=1, le=TRIALS)
+    least: int = Field(default=3, ge=1, le=TRIALS)
     """Trials to compare with before any is stopped."""
 
 
@@ -193,13 +193,13 @@ class SweepSpec(Spec):
     """Any metric of an evaluation: eval_loss, eval_ppl, eval_loss/TASK."""
     mode: Literal["min", "max"] = "min"
     """Which way is better."""
-    trials: int | None = Field(None, ge=1, le=TRIALS)
+    trials: int | None = Field(default=None, ge=1, le=TRIALS)
     """Trials in all (also: max_trials); default 32, of a grid all its combinations."""
-    max_seconds: float | None = Field(None, gt=0, le=10**9)
+    max_seconds: float | None = Field(default=None, gt=0, le=10**9)
     """Start no trial and end those that run after this time, over all starts of the sweep."""
     target: float | None = None
     """Stop as soon as a trial's metric is this good."""
-    steps: int | None = Field(None, ge=1, le=STEPS)
+    steps: int | None = Field(default=None, ge=1, le=STEPS)
     """Optimizer steps of a trial; default train.steps. With refit the winner gets train.steps."""
     space: dict[str, Domain] = Field(min_length=1, max_length=100)
     """{path of a config field: choice | grid | uniform | loguniform | int | paired}."""
@@ -209,20 +209,20 @@ class SweepSpec(Spec):
     """Which trials are stopped early."""
     pack: Literal["auto", "off"] = "auto"
     """auto: LoRA trials share one frozen base per GPU or CPU core; off: one Ray Train run each."""
-    slots: int | None = Field(None, ge=1, le=10_000)
+    slots: int | None = Field(default=None, ge=1, le=10_000)
     """Trials per pack; default: 16 on a GPU, 1 to 4 on a CPU core, fewer where memory ends."""
-    packs: int | None = Field(None, ge=1, le=10_000)
+    packs: int | None = Field(default=None, ge=1, le=10_000)
     """Packs at most; default: one per GPU, without GPUs one per CPU core."""
-    seeds: int = Field(1, ge=1, le=1000)
+    seeds: int = Field(default=1, ge=1, le=1000)
     """Seeds of the winner: it is trained again with seeds - 1 others, for the spread."""
     refit: bool = False
     """Train the winner again as its own Ray Train run, for train.steps, and export that."""
-    divergence: float = Field(1.5, gt=1)
+    divergence: float = Field(default=1.5, gt=1)
     """A held-out loss above this times the base model's is a diverged trial."""
 
     @model_validator(mode="before")
     @classmethod
-    def _synonym(cls, data: Any) -> Any:
+    def _synonym(cls, data: object) -> object:
         if isinstance(data, dict) and "max_trials" in data and "trials" not in data:
             data = dict(data)
             data["trials"] = data.pop("max_trials")
@@ -230,7 +230,7 @@ class SweepSpec(Spec):
 
     @field_validator("space", mode="before")
     @classmethod
-    def _something(cls, value: Any) -> Any:
+    def _something(cls, value: object) -> object:
         if value in (None, {}):
             raise ValueError("name at least one field, e.g. optim.lr: {loguniform: [1e-5, 1e-3]}")
         return value

@@ -22,6 +22,7 @@ def validated(found: ConfigSource, wrong: list[Mistake]) -> Run:
     Raises:
         ConfigError: up to `LISTED` mistakes, each with its place.
     """
+    run: Run | None = None
     try:
         run = Run.model_validate(found.data)
     except ValidationError as error:
@@ -30,7 +31,7 @@ def validated(found: ConfigSource, wrong: list[Mistake]) -> Run:
         wrong = [*wrong, *(m for m in sentences(details, found.data) if m[0] not in known)]
     else:
         wrong = [*wrong, *addresses.mistakes(run)]
-    if wrong:
+    if wrong or run is None:
         raise refusal(found, wrong)
     return run
 

@@ -80,7 +80,7 @@ def excess_values(mark: yaml.Mark) -> ExcessError:
     )
 
 
-def scalar(loader: ConfigLoader, node: yaml.ScalarNode) -> Any:
+def scalar(loader: ConfigLoader, node: yaml.ScalarNode) -> object:
     """The value of a scalar: text, a number, a bool or None.
 
     Raises:
@@ -104,7 +104,8 @@ def scalar(loader: ConfigLoader, node: yaml.ScalarNode) -> Any:
             return text.lower() == "true"
         case "int":
             return int(text)
-    return float(re.sub(r"^([-+]?)\.(?=[iInN])", r"\1", text))
+        case _:
+            return float(re.sub(r"^([-+]?)\.(?=[iInN])", r"\1", text))
 
 
 def check_tag(node: yaml.Node) -> None:
@@ -129,7 +130,7 @@ def joined(text: str, mark: yaml.Mark) -> str:
         ) from None
 
 
-def dump(data: Any, *, unicode: bool = True) -> str:
+def dump(data: object, *, unicode: bool = True) -> str:
     """YAML text that `parse`, and other YAML readers, read back as `data`.
 
     Args:

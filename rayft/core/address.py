@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
 SECRET_OPTIONS = ("access_key", "secret_key", "session_token")
@@ -77,7 +76,7 @@ def clean(address: str) -> str:
     return bare
 
 
-def clean_all(data: Any) -> Any:
+def clean_all(data: object) -> object:
     """Plain data with every address in it `clean`."""
     if isinstance(data, str):
         return clean(data) if re.match(_SCHEME, data) else data

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
@@ -48,7 +48,7 @@ class LastingStream(io.TextIOBase):
         self._stream = stream
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]  # read-only in C
         """That of the stream."""
         return self._stream.encoding
 
@@ -72,7 +72,7 @@ class LastingStream(io.TextIOBase):
             self._stream.flush()
 
     @contextmanager
-    def _while_there(self) -> Iterator[None]:
+    def _while_there(self) -> Generator[None]:
         try:
             yield
         except (OSError, ValueError):

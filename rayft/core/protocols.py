@@ -11,13 +11,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rayft.core.batch import Batch
 from rayft.core.shards import ShardReader, StateShard
+
+if TYPE_CHECKING:  # a type alone: this room needs torch and nothing else
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Method(Protocol):
 
     keeps_base: bool  # True: the base weights never change, so `off` gives the base model back
 
-    def apply(self, model: nn.Module) -> list[ParamGroup]:
+    def apply(self, model: PreTrainedModel) -> list[ParamGroup]:
         """Change `model` in place, set requires_grad on what trains, return it in groups (never an
         empty one)."""
         ...
@@ -50,7 +53,7 @@ class Method(Protocol):
         `keeps_base`)."""
         ...
 
-    def export(self, model: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    def export(self, model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
         """Write hub format into `folder`: `state` holds the full trained tensors by parameter
         name."""
         ...
@@ -96,28 +99,30 @@ class BatchStream(Protocol):
         ...
 
 
-class Engine(Protocol):
-    """A prepared model, its gradients and its optimizer on this rank."""
+class Evaluator(Protocol):
+    """The part of an Engine that evaluation needs."""
 
-    rank: int
-    world: int
-    device: torch.device
+    @property
+    def device(self) -> torch.device: ...
 
     def forward(self, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The objective's rows, computed inside the wrapped module."""
         ...
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients of `loss`, which is this rank's part of the global mean: gradients
-        are *summed* over
-        ranks. `last` marks the step's last micro-batch."""
+    def evaluating(self) -> AbstractContextManager[None]:
+        """No gradients, eval mode; `forward` inside."""
         ...
 
-    def step(self, lrs: Mapping[str, float]) -> float:
-        """Clip, update with these learning rates by group name, zero the gradients; the norm before
-        clipping. An
-        update with a non-finite norm is not applied."""
-        ...
+
+class StateHolder(Protocol):
+    """The part of an Engine that a session keeps, logs and restores."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
 
     def lrs(self) -> dict[str, float]:
         """Learning rates by group name, as the optimizer itself holds them."""
@@ -132,8 +137,20 @@ class Engine(Protocol):
         strategy."""
         ...
 
-    def evaluating(self) -> AbstractContextManager[None]:
-        """No gradients, eval mode; `forward` inside."""
+
+class Engine(Evaluator, StateHolder, Protocol):
+    """A prepared model, its gradients and its optimizer on this rank."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of `loss`, which is this rank's part of the global mean: gradients
+        are *summed* over
+        ranks. `last` marks the step's last micro-batch."""
+        ...
+
+    def step(self, lrs: Mapping[str, float]) -> float:
+        """Clip, update with these learning rates by group name, zero the gradients; the norm before
+        clipping. An
+        update with a non-finite norm is not applied."""
         ...
 
     def full(self) -> Iterator[tuple[str, Tensor]]:

@@ -35,7 +35,7 @@ from rayft.storage.sealed import BadRecord, seal, unseal
 
 META = "meta.json"
 
-_checked: set[tuple[Any, ...]] = set()
+_checked: set[tuple[object, ...]] = set()
 """Local files whose bytes this process has verified: (path, inode, size, time of change, crc32)."""
 
 
@@ -60,7 +60,7 @@ class _HashingFile(io.RawIOBase):
         return size
 
 
-def save(table: TokenTable, meta: Mapping[str, Any], storage: Storage) -> str:
+def save(table: TokenTable, meta: Mapping[str, object], storage: Storage) -> str:
     """Write the table as the entry in the folder `storage`; where its bad rows are listed.
 
     Raises:

@@ -11,18 +11,23 @@ Legend: N tokens of a document, S spans.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rayft.data.render import RenderedText
 
+if TYPE_CHECKING:  # transformers takes a second to import
+    from transformers import PreTrainedTokenizerBase
+
 Ids = NDArray[np.int32]  # (N,)
 Mask = NDArray[np.bool_]  # (N,) True: this token is trained
 
 
-def encode(tokenizer: Any, documents: Sequence[RenderedText]) -> list[tuple[Ids, Mask]]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[RenderedText]
+) -> list[tuple[Ids, Mask]]:
     """Token ids and loss mask of each document, in order. The first token is never a target."""
     pairs: dict[int, tuple[Ids, Mask]] = {}
     for special in (False, True):
@@ -34,7 +39,9 @@ def encode(tokenizer: Any, documents: Sequence[RenderedText]) -> list[tuple[Ids,
     return [_closed(tokenizer, *pairs[index], item) for index, item in enumerate(documents)]
 
 
-def _encode(tokenizer: Any, batch: list[RenderedText], special: bool) -> list[tuple[Ids, Mask]]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, batch: list[RenderedText], special: bool
+) -> list[tuple[Ids, Mask]]:
     if not tokenizer.is_fast:
         return [_pieces(tokenizer, item, special) for item in batch]
     encoded = tokenizer(
@@ -78,7 +85,9 @@ def _aligned(offsets: NDArray[np.int64], item: RenderedText) -> Mask | None:
     return mask
 
 
-def _pieces(tokenizer: Any, item: RenderedText, special: bool) -> tuple[Ids, Mask]:
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, item: RenderedText, special: bool
+) -> tuple[Ids, Mask]:
     """Tokenise between the borders of the spans; the first piece gets the special tokens."""
     borders = sorted({0, len(item.text), *(border for span in item.spans for border in span)})
     ids: list[int] = []
@@ -94,15 +103,17 @@ def _pieces(tokenizer: Any, item: RenderedText, special: bool) -> tuple[Ids, Mas
     return np.asarray(ids, dtype=np.int32), np.asarray(mask, dtype=np.bool_)
 
 
-def _end(tokenizer: Any) -> list[int]:
+def _end(tokenizer: PreTrainedTokenizerBase) -> list[object]:
     return [tokenizer.eos_token_id]
 
 
-def _closed(tokenizer: Any, ids: Ids, mask: Mask, item: RenderedText) -> tuple[Ids, Mask]:
+def _closed(
+    tokenizer: PreTrainedTokenizerBase, ids: Ids, mask: Mask, item: RenderedText
+) -> tuple[Ids, Mask]:
     """With the end-of-sequence token where the document wants one; its mask is that of the end."""
     if item.eos:
         if not len(ids) or ids[-1] != tokenizer.eos_token_id:
-            ids = np.append(ids, np.int32(tokenizer.eos_token_id))
+            ids = np.append(ids, np.int32(cast(int, tokenizer.eos_token_id)))
             mask = np.append(mask, False)
         mask = mask.copy()
         mask[-1] = True

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -102,7 +102,7 @@ def find(path: str, base: Path | None = None) -> list[DataFile]:
 
 
 @contextmanager
-def readable(name: str) -> Iterator[None]:
+def readable(name: str) -> Generator[None]:
     """What the system says about a file that cannot be read, as a DataError."""
     try:
         yield

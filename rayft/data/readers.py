@@ -44,7 +44,7 @@ class RawRow:
     preview: str = ""
 
 
-def preview(value: Any) -> str:
+def preview(value: object) -> str:
     """The first characters of a row, safe to print and to write as UTF-8."""
     if isinstance(value, bytes):
         text = value[: 4 * PREVIEW].decode("utf-8", "replace")
@@ -130,7 +130,7 @@ def _object(text: str, number: int) -> RawRow:
     return _checked(value, number)
 
 
-def _checked(value: Any, number: int | None) -> RawRow:
+def _checked(value: object, number: int | None) -> RawRow:
     if isinstance(value, dict):
         return RawRow(value, number)
     return RawRow(None, number, f"not an object but {type(value).__name__}", preview(value))

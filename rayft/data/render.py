@@ -20,13 +20,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
 from rayft.core.errors import ConfigError
 from rayft.data.shapes import ChatExample, Example, PreferencePair, PromptPair, TextExample
 from rayft.data.turns import BadRow, Message
+
+if TYPE_CHECKING:  # transformers takes a second to import
+    from transformers import PreTrainedTokenizerBase
 
 _LAST_WORDS = 20  # characters of a turn that must be found in what is trained
 Span = tuple[int, int]  # characters [start, stop)
@@ -58,7 +61,7 @@ class ExampleRenderer:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         train_all: bool,
         text_only_fails: bool,
@@ -172,7 +175,7 @@ class ExampleRenderer:
             return len(whole)
         until = self._apply(chat, index + 1, generation=False)
         # some templates close what they take for the whole conversation with eos (Phi-3)
-        for prefix in (until, until.removesuffix(self.tokenizer.eos_token)):
+        for prefix in (until, until.removesuffix(cast(str, self.tokenizer.eos_token))):
             if whole.startswith(prefix):
                 return len(prefix)
         said = chat.messages[index]["content"].strip()
@@ -186,7 +189,7 @@ class ExampleRenderer:
 
     def _apply(self, chat: ChatExample, count: int, *, generation: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 list(chat.messages[:count]),
                 tools=chat.tools,
                 chat_template=self.chat_template,
@@ -195,6 +198,7 @@ class ExampleRenderer:
             )
         except _TEMPLATE_ERRORS as error:
             raise BadRow(f"the chat template refuses it: {str(error)[:160]}") from error
+        return cast(str, text)  # tokenize=False
 
 
 def _shared(prompted: str, plain: str, whole: str) -> str | None:

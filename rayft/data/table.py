@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +95,7 @@ class TokenTable:
         start, stop = self.offsets[index], self.offsets[index + 1]
         return self.ids[start:stop], self.mask[start:stop]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """For run.json: {"total": counts, "sources": {"0 path": counts}, "hash": ...}."""
         named = {
             f"{index} {name}": asdict(count)

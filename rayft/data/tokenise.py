@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rayft.config.data import DataSpec
 from rayft.config.objectives import ObjectiveSpec
@@ -31,6 +31,10 @@ from rayft.data.work import (
     tokenise_shard,
 )
 from rayft.storage.folder import Storage
+
+if TYPE_CHECKING:  # transformers takes a second to import
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "TokenRecipe",
@@ -56,7 +60,7 @@ _NAMED = 6  # bad rows that an error names
 def prepare(
     data: DataSpec,
     objective: ObjectiveSpec,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     cache: Storage,
     *,
     heldout: bool = False,
@@ -125,7 +129,9 @@ def check_bad(table: TokenTable, share: float, listed: str = "") -> None:
             )
 
 
-def fingerprint(sources: Sequence[DataSource], tokenizer: Any, how: TokenRecipe) -> dict[str, Any]:
+def fingerprint(
+    sources: Sequence[DataSource], tokenizer: PreTrainedTokenizerBase, how: TokenRecipe
+) -> dict[str, Any]:
     """Everything that decides about the table, by name: {"sources": [{"content": {file: hash},
     "layout": ...}], "tokenizer": hash, "recipe": ..., "version": ...}. Two of them can be compared
     to say what changed. Local files count by their bytes; objects by size and time of change."""
@@ -155,11 +161,12 @@ def _nameless(source: dict[str, Any]) -> dict[str, Any]:
     return {**source, "content": list(source["content"].values())}
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of what turns text into ids: the Rust tokenizer as JSON where there is one, else the
     vocabulary; the chat template and the special tokens."""
     if tokenizer.is_fast:
-        core = json.loads(tokenizer.backend_tokenizer.to_str())
+        rust = cast("Tokenizer", tokenizer.backend_tokenizer)  # transformers gives it no type
+        core = json.loads(rust.to_str())
         del core["truncation"], core["padding"]  # set anew by every call
     else:
         core = tokenizer.get_vocab()

@@ -39,7 +39,7 @@ def said(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def read_turns(value: Any, name: str, keys: TurnKeys) -> list[Message]:
+def read_turns(value: object, name: str, keys: TurnKeys) -> list[Message]:
     """The turns in column `name`: a list of objects, or JSON text of one. Raises BadRow."""
     value = parsed(value)
     if not isinstance(value, list | tuple):
@@ -47,7 +47,7 @@ def read_turns(value: Any, name: str, keys: TurnKeys) -> list[Message]:
     return [_turn(item, name, keys) for item in value]
 
 
-def read_tools(value: Any) -> list[Any] | None:
+def read_tools(value: object) -> list[Any] | None:
     """Tool descriptions: a list of objects, or JSON text of one. Raises BadRow."""
     value = parsed(value)
     if value is None or value in ("", []):
@@ -67,7 +67,7 @@ def flag(turn: Message) -> bool | None:
     return None
 
 
-def parsed(value: Any) -> Any:
+def parsed(value: object) -> object:
     """Lists and objects that a table holds as JSON text; anything else as it is."""
     if not isinstance(value, str):
         return value
@@ -78,7 +78,7 @@ def parsed(value: Any) -> Any:
     return out if isinstance(out, list | dict) else value
 
 
-def _turn(turn: Any, name: str, keys: TurnKeys) -> Message:
+def _turn(turn: object, name: str, keys: TurnKeys) -> Message:
     if not isinstance(turn, Mapping):
         raise BadRow(f"a turn of {name} is not an object but {type(turn).__name__}")
     role = _pick(turn, (keys.role, "role", "from"))
@@ -97,12 +97,12 @@ def _turn(turn: Any, name: str, keys: TurnKeys) -> Message:
     return {"role": _ROLES.get(role, role), "content": text, **rest}
 
 
-def _pick(turn: Mapping[str, Any], names: Iterable[str | None]) -> Any:
+def _pick(turn: Mapping[str, object], names: Iterable[str | None]) -> object:
     """The first of `names` that holds something."""
     return next((turn[name] for name in names if name and turn.get(name) is not None), None)
 
 
-def _content(content: Any) -> str:
+def _content(content: object) -> str:
     """The text of a turn: a string, or a list of text parts."""
     if content is None or isinstance(content, str):
         return content or ""
@@ -125,7 +125,7 @@ def _called(text: str) -> Message:
     return {"content": "", "tool_calls": [_call({"function": call}) for call in calls]}
 
 
-def _call(call: Any) -> Any:
+def _call(call: object) -> object:
     """Arguments as an object: chat templates want it, the OpenAI format has JSON in a string."""
     if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping):
         return call

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from rayft.config.data import DataSpec
 from rayft.config.objectives import LmSpec, ObjectiveSpec
@@ -23,6 +23,9 @@ from rayft.data.shapes import known_shapes
 from rayft.data.sources import DataSource, SourceBlock, resolve
 from rayft.data.table import BadRowEntry, TableCounts, TokenTable
 from rayft.data.turns import BadRow
+
+if TYPE_CHECKING:  # transformers takes a second to import
+    from transformers import PreTrainedTokenizerBase
 
 SHARD_BYTES = 8 << 20
 _BATCH = 256  # documents tokenised at a time
@@ -75,7 +78,10 @@ def sources_of(data: DataSpec, *, heldout: bool = False) -> list[DataSource]:
 
 
 def split_work(
-    sources: Sequence[DataSource], tokenizer: Any, how: TokenRecipe, shard_bytes: int = SHARD_BYTES
+    sources: Sequence[DataSource],
+    tokenizer: PreTrainedTokenizerBase,
+    how: TokenRecipe,
+    shard_bytes: int = SHARD_BYTES,
 ) -> list[DataShard]:
     """The parts, in order. Looks at the first rows of every source first, so that a wrong mapping
     or objective is refused in seconds.
@@ -94,13 +100,16 @@ def split_work(
     ]
 
 
-def tokenise_shard(shard: DataShard, tokenizer: Any, how: TokenRecipe) -> TokenTable:
+def tokenise_shard(
+    shard: DataShard, tokenizer: PreTrainedTokenizerBase, how: TokenRecipe
+) -> TokenTable:
     """The documents and bad rows of one part; row numbers count from 0 in it.
 
     Raises:
         DataError: a file cannot be read at all.
     """
-    renderer, bad = _renderer(tokenizer, how), []
+    renderer = _renderer(tokenizer, how)
+    bad: list[BadRowEntry] = []
     documents, numbers, cut, dropped, rows = [], [], 0, 0, 0
     source = shard.source
     numbered = enumerate(source.read(shard.block))
@@ -159,7 +168,7 @@ def merge(
 # --- parts ---
 
 
-def _renderer(tokenizer: Any, how: TokenRecipe) -> ExampleRenderer:
+def _renderer(tokenizer: PreTrainedTokenizerBase, how: TokenRecipe) -> ExampleRenderer:
     return ExampleRenderer(
         tokenizer,
         train_all=how.train_all,
@@ -192,7 +201,10 @@ def _check(source: DataSource, renderer: ExampleRenderer) -> None:
         )
 
 
-def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+Item = TypeVar("Item")
+
+
+def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
     while batch := list(itertools.islice(items, size)):
         yield batch
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rayft.cluster import preflight
 from rayft.cluster.connect import Node, ceiling, has_dashboard
 from rayft.config.run import Run
-from rayft.config.space import applied, sweep_of
+from rayft.config.space import applied
 from rayft.core.errors import ConfigError, InfeasibleError
 from rayft.trials.plan import default_slots, why_not_packed
 
@@ -34,11 +34,11 @@ def reasons_not_packed(run: Run) -> tuple[bool, list[str]]:
 
     Every value of the space is looked at on its own, the ends of ranges for the whole range.
     """
-    if sweep_of(run).pack == "off":
+    if run.swept.pack == "off":
         return False, ["sweep.pack is off"]
     found: dict[str, None] = {}
     some = False
-    for name, domain in sweep_of(run).space.items():
+    for name, domain in run.swept.space.items():
         for value in domain.ends():
             params = value if domain.paired else {name: value}
             try:
@@ -76,10 +76,10 @@ def cluster_capacity(run: Run, living: Sequence[Node]) -> ClusterCapacity:
     packs = _packs(run, living, gpus) if packable else 0
     if packs and own_runs:  # a mixed space: half each
         packs, own_runs = max(1, packs // 2), max(1, own_runs // 2)
-    slots = sweep_of(run).slots or default_slots(run, gpus > 0)
-    packs = min(packs, sweep_of(run).count)
-    if packs * slots > sweep_of(run).count:  # fewer trials than slots: spread over the packs
-        slots = -(-sweep_of(run).count // packs)
+    slots = run.swept.slots or default_slots(run, gpus > 0)
+    packs = min(packs, run.swept.count)
+    if packs * slots > run.swept.count:  # fewer trials than slots: spread over the packs
+        slots = -(-run.swept.count // packs)
     return ClusterCapacity(
         packs, slots, own_runs, gpus, _sentence(packs, slots, own_runs, gpus, reasons)
     )
@@ -94,11 +94,11 @@ def _packs(run: Run, living: Sequence[Node], gpus: float) -> int:
             cause="a pack needs that much",
             fix="lower scale.cpus or scale.gpus",
         )
-    return min(most, sweep_of(run).packs or most)
+    return min(most, run.swept.packs or most)
 
 
 def _sentence(packs: int, slots: int, own_runs: int, gpus: float, reasons: list[str]) -> str:
-    parts = []
+    parts: list[str] = []
     if packs:
         where = "GPU" if gpus else "CPU core"
         parts.append(f"{packs} packs of {slots} trial{'s' * (slots > 1)}, one per {where}")

@@ -7,26 +7,32 @@ step, so whoever leaves or joins does so at the next step border.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import queue
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
 from rayft.cluster.driver_context import DriverContext
 from rayft.compose.job import AttemptJob
 from rayft.core.address import redact
-from rayft.core.errors import StorageError
+from rayft.core.errors import RayftError, StorageError
 from rayft.records.run_record import Status
 from rayft.storage.folder import Storage
 from rayft.trials.types import TrialReport
+
+if TYPE_CHECKING:  # torch takes seconds to import; the actor answers meanwhile
+    from rayft.trials.pack import Pack
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class PackOpening:
     data_hash: str
     slots: int
     divergence: float
-    facts: dict[str, Any]
+    facts: Mapping[str, object]
 
 
 @ray.remote(max_restarts=0)
@@ -55,11 +61,11 @@ class PackActor:
         self._reports: dict[str, asyncio.Queue[TrialReport]] = {}
         self._ended: dict[str, TrialReport] = {}
         self._broken: str | None = None
-        self._commands: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]]] = (
+        self._commands: queue.SimpleQueue[tuple[Callable[[], object], asyncio.Future[Any]]] = (
             queue.SimpleQueue()
         )
         self._cpus, self._gpus = cpus, gpus
-        self._pack: Any = None
+        self._pack: Pack | None = None
         self._imported = 0.0  # seconds
         threading.Thread(target=self._work, name="pack", daemon=True).start()
 
@@ -121,7 +127,7 @@ class PackActor:
 
     async def save(self, trial: str) -> str:
         """Commit a trial's present state; the address of its checkpoint folder."""
-        return await self._ask(lambda: self._pack.commit(trial))
+        return await self._ask(lambda: self._opened().commit(trial))
 
     async def stats(self) -> dict[str, float]:
         """How full and how fast; {} before a pack is open. start_seconds holds what this process
@@ -134,7 +140,7 @@ class PackActor:
         found = self._pack.stats()
         return found | {"start_seconds": found["start_seconds"] + self._imported}
 
-    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def call(self, function: Callable[..., object], *arguments: object) -> object:
         """Run a function in this warm process, between two steps."""
         return await self._ask(lambda: function(*arguments))
 
@@ -142,9 +148,9 @@ class PackActor:
         """Commit whoever is still in, and let go."""
         await self._ask(self._close)
 
-    async def _ask(self, action: Callable[[], Any]) -> Any:
+    async def _ask(self, action: Callable[[], Answer]) -> Answer:
         self._loop = asyncio.get_running_loop()
-        future = self._loop.create_future()
+        future: asyncio.Future[Answer] = self._loop.create_future()
         self._commands.put((action, future))
         return await future
 
@@ -157,7 +163,8 @@ class PackActor:
         import torch  # slow; the actor answers meanwhile
 
         from rayft.models.quiet import hush
-        from rayft.trials import pack  # noqa: F401  # so that opening one only loads the model
+
+        importlib.import_module("rayft.trials.pack")  # so that opening one only loads the model
 
         self._imported = time.perf_counter() - began
         hush()
@@ -177,7 +184,7 @@ class PackActor:
             except Exception as error:  # belongs to whoever asked
                 self._answer(future, None, error)
 
-    def _answer(self, future: asyncio.Future, value: Any, error: Exception | None) -> None:
+    def _answer(self, future: asyncio.Future[Any], value: object, error: Exception | None) -> None:
         def settle() -> None:
             if future.cancelled():
                 return
@@ -186,19 +193,31 @@ class PackActor:
             else:
                 future.set_exception(error)
 
-        self._loop.call_soon_threadsafe(settle)
+        self._tell(settle)
+
+    def _tell(self, action: Callable[[], None]) -> None:
+        """Have the event loop do it. All commands came through that loop, so it is there."""
+        if self._loop is None:
+            raise RayftError("nobody has asked this process for anything")
+        self._loop.call_soon_threadsafe(action)
+
+    def _opened(self) -> Pack:
+        if self._pack is None:
+            raise RayftError("no pack is open")
+        return self._pack
 
     def _step(self) -> None:
-        inside = self._pack.trials
+        pack = self._opened()
+        inside = pack.trials
         try:
-            reports = self._pack.step()
+            reports = pack.step()
         except Exception as error:  # the pack is lost; every trial in it must learn why
             # into Ray's log of this process
             print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
             text = redact(f"{type(error).__name__}: {error}")
             reports = [TrialReport(name, 0, {}, "lost", text) for name in inside]
             self._pack = None
-        self._loop.call_soon_threadsafe(self._deliver, reports)
+        self._tell(lambda: self._deliver(reports))
 
     def _deliver(self, reports: list[TrialReport]) -> None:
         for one in reports:
@@ -229,23 +248,27 @@ class PackActor:
     def _join(self, job: AttemptJob, source: str | None, heard: int) -> None:
         from rayft.trials.report_replay import missed_reports
 
-        step, name = self._pack.admit(job, source), job.config["name"]
+        step, name = self._opened().admit(job, source), job.config["name"]
         if source is not None:
             return  # what was said in its folder belongs to other settings
         try:
             reports = missed_reports(Storage.open(job.config["storage"]).child(name), heard, step)
         except BaseException:
-            self._leave(name, keep=True, status="interrupted").result()
+            gone = self._leave(name, keep=True, status="interrupted")
+            if gone is not None:
+                gone.result()
             raise
-        self._loop.call_soon_threadsafe(self._deliver, reports)
+        self._tell(lambda: self._deliver(reports))
 
     def _leave(self, trial: str, keep: bool, status: Status) -> Future[None] | None:
-        inside = self._pack is not None and trial in self._pack.trials
-        return self._pack.leave(trial, status, keep=keep) if inside else None
+        pack = self._pack
+        if pack is None or trial not in pack.trials:
+            return None
+        return pack.leave(trial, status, keep=keep)
 
     def _move(self, trial: str) -> Future[None] | None:
-        inside = self._pack is not None and trial in self._pack.trials
-        return self._pack.move(trial) if inside else None
+        pack = self._pack
+        return None if pack is None or trial not in pack.trials else pack.move(trial)
 
     def _close(self) -> None:
         if self._pack is not None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from rayft.core.errors import RayftError
 from rayft.hosts.pack_actor import PackActor, PackOpening
 from rayft.hosts.placer_config import PlacerConfig
+from rayft.hosts.trial_host import ActorHandle
 from rayft.trials.placement import choose_donor, choose_pack
 
 STARTS = 3  # processes of one pack that die before they are ready, until no more is started
@@ -23,7 +25,7 @@ class PooledPack:
     """A host process, the key of what is loaded in it, and who is in."""
 
     name: str
-    host: Any
+    host: ActorHandle
     ready: bool = False  # it has a place on a node, and its libraries are loaded
     failed: int = 0  # processes before this one that were never ready
     key: str | None = None

@@ -13,9 +13,10 @@ import os
 import secrets
 import threading
 import time
-from typing import Any
+from collections.abc import Mapping
 
 import ray
+import ray.exceptions
 
 from rayft.compose.job import AttemptJob, PreparedData
 from rayft.config.run import Run
@@ -25,6 +26,7 @@ from rayft.hosts.overview import HostsOverview
 from rayft.hosts.pack_actor import PackOpening
 from rayft.hosts.pack_pool import PackPool, PooledPack
 from rayft.hosts.placer_config import ATTEMPTS, PlacerConfig, prepare_trial_data
+from rayft.hosts.trial_host import ActorHandle
 from rayft.records.run_record import Status
 from rayft.storage.folder import Storage
 from rayft.storage.lease import superseded
@@ -43,12 +45,9 @@ class TrialPlacer:
         self._settings = settings
         settings.driver.enter()
         self._base = Run.model_validate(settings.config)
-        self._packs: PackPool | None = None
+        self._opened: PackPool | None = None
         self._data: PreparedData | None = None
-        self._where: dict[
-            str, PooledPack | Any
-        ] = {}  # trial -> Pack, or the handle of its own host
-        self._origin: dict[str, dict[str, Any]] = {}
+        self._where: dict[str, PooledPack | ActorHandle] = {}  # a pack, or a trial's own host
         self._deaths: dict[str, int] = {}
         self._joins = 0
         self._own_places = asyncio.Semaphore(max(1, settings.own_runs))
@@ -66,9 +65,15 @@ class TrialPlacer:
             time.sleep(GUARD)
         os._exit(1)
 
-    async def open(self) -> list[Any]:
+    @property
+    def _packs(self) -> PackPool:
+        if self._opened is None:
+            raise RayftError("trials enter before the packs are opened")
+        return self._opened
+
+    async def open(self) -> list[ActorHandle]:
         """Start the processes of all packs; they load torch while the data is still prepared."""
-        self._packs = PackPool(self._settings, self._base.name)
+        self._opened = PackPool(self._settings, self._base.name)
         return [pack.host for pack in self._packs]
 
     async def begin(self, prepared: PreparedData) -> None:
@@ -76,9 +81,10 @@ class TrialPlacer:
         self._data = prepared
 
     async def enter(
-        self, trial: str, params: dict[str, Any], source: dict[str, Any] | None, heard: int
-    ) -> Any:
-        """Wait for a place; the handle of the host that trains `trial` from now on.
+        self, trial: str, params: Mapping[str, object], source: dict[str, str] | None, heard: int
+    ) -> tuple[ActorHandle, str]:
+        """Wait for a place; the handle of the host that trains `trial` from now on, and its name
+        where it is a pack.
 
         Args:
             source: {"trial", "folder"} to continue another trial's state with these params.
@@ -95,7 +101,7 @@ class TrialPlacer:
             await asyncio.to_thread(Storage.open(home).child(trial).delete, "checkpoints")
         run = applied(self._base, params, name=trial, storage=home)
         folder = source["folder"] if source and other else None
-        if self._base.sweep.pack == "off" or why_not_packed(run):
+        if self._base.swept.pack == "off" or why_not_packed(run):
             return await self._own_run(trial, run, folder, heard), ""
         return await self._packed(trial, run, folder, heard)
 
@@ -142,7 +148,7 @@ class TrialPlacer:
             news,
         )
 
-    async def ready_host(self) -> Any:
+    async def ready_host(self) -> ActorHandle | None:
         """A process that has torch loaded and is free for other work; None without packs."""
         return next((pack.host for pack in self._packs if pack.ready), None)
 
@@ -159,7 +165,7 @@ class TrialPlacer:
 
     async def _packed(
         self, trial: str, run: Run, source: str | None, heard: int
-    ) -> tuple[Any, str]:
+    ) -> tuple[ActorHandle, str]:
         key = pack_key(run)
         while True:
             pack = await self._packs.wait_for_slot(trial, key)
@@ -201,24 +207,24 @@ class TrialPlacer:
             data_dir=prepared.uri,
             data_hash=prepared.hash,
             slots=self._settings.slots,
-            divergence=self._base.sweep.divergence,
+            divergence=self._base.swept.divergence,
             facts=self._settings.facts,
         )
 
     # ---- runs of their own
 
-    async def _own_run(self, trial: str, run: Run, source: str | None, heard: int) -> Any:
+    async def _own_run(self, trial: str, run: Run, source: str | None, heard: int) -> ActorHandle:
         from rayft.hosts.train_run_actor import TrainRunActor  # only here: it knows Ray Train
 
         await self._own_places.acquire()
         name = f"rayft-{self._base.name}-{trial}"
-        host = TrainRunActor.options(name=f"{name}-{secrets.token_hex(2)}").remote(
-            self._settings.driver
-        )
+        # its decorator has lost the type of the class, see there
+        options = TrainRunActor.options  # pyright: ignore[reportAttributeAccessIssue]  # see above
+        host = options(name=f"{name}-{secrets.token_hex(2)}").remote(self._settings.driver)
         self._where[trial] = host
         prepared = await self._prepared(run)
         await self._check(trial)
-        limit = self._base.sweep.divergence
+        limit = self._base.swept.divergence
         await host.begin.remote(run.resolved(), prepared, source, limit, heard)
         return host
 
@@ -235,6 +241,8 @@ class TrialPlacer:
     async def _prepared(self, run: Run) -> PreparedData:
         """The tokenised data of a trial: the sweep's own, unless the space changes what is read."""
         if _reads(run) == _reads(self._base):
+            if self._data is None:
+                raise RayftError("trials enter before their data is prepared")
             return self._data
         return await prepare_trial_data.remote(run.resolved(), self._settings.driver)
 
@@ -272,7 +280,7 @@ class TrialPlacer:
             self._where.pop(await self._packs.rebalance(), None)
 
 
-def _reads(run: Run) -> tuple[Any, ...]:
+def _reads(run: Run) -> tuple[object, ...]:
     """What decides tokens and masks."""
     model = run.model
     names = (model.path, model.revision, model.tokenizer, model.chat_template)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,11 +35,11 @@ class PlacerConfig:
 
 
 @ray.remote(num_cpus=1, max_retries=2)
-def prepare_trial_data(config: dict[str, Any], driver: DriverContext) -> PreparedData:
+def prepare_trial_data(config: Mapping[str, object], driver: DriverContext) -> PreparedData:
     """Tokenise what a trial reads, where the space changes its data."""
     from rayft.compose.data import prepare_data
 
     driver.enter()
     return prepare_data(
-        Run.model_validate(config), lambda function, items: list(map(function, items))
+        Run.model_validate(config), lambda function, items: [function(item) for item in items]
     )

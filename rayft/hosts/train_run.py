@@ -12,8 +12,8 @@ import math
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from rayft.cluster.interrupt import Interrupt
 from rayft.compose.job import PreparedData, ProgressEvent
@@ -156,7 +156,13 @@ class TrainRun:
 class _EventRelay:
     """The run's View: events in, reports out."""
 
-    def __init__(self, run: Run, tell: Any, diverge: Any, divergence: float) -> None:
+    def __init__(
+        self,
+        run: Run,
+        tell: Callable[[TrialReport], None],
+        diverge: Callable[[str], None],
+        divergence: float,
+    ) -> None:
         self._run, self._tell, self._diverge, self._limit = run, tell, diverge, divergence
         self._metrics: dict[str, float] = {}
         self._base: float | None = None

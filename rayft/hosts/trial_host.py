@@ -4,12 +4,12 @@ apart."""
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from rayft.records.run_record import Status
 from rayft.trials.types import TrialReport
 
-ActorHandle = Any
+ActorHandle: TypeAlias = Any
 """Of a Ray actor; Ray's own types do not know the methods behind `.remote`."""
 
 

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from rayft.core.errors import ConfigError
 from rayft.core.protocols import Method, ParamGroup
 
 
-def apply_all(model: nn.Module, methods: Sequence[Method], *, seed: int = 0) -> list[ParamGroup]:
+def apply_all(
+    model: PreTrainedModel, methods: Sequence[Method], *, seed: int = 0
+) -> list[ParamGroup]:
     """Change `model` in place; the groups of all methods, in order.
 
     Afterwards requires_grad is true on exactly the parameters of the groups.

@@ -17,9 +17,10 @@ Left out: adapters on embeddings and on tied heads, biases, per-layer ranks; DoR
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -66,7 +67,7 @@ class Lora:
         targets = self.spec.targets
         config = LoraConfig(
             r=self.spec.rank,
-            lora_alpha=self.spec.alpha,
+            lora_alpha=self.spec.alpha,  # pyright: ignore[reportArgumentType]  # takes fractions too
             lora_dropout=self.spec.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             use_rslora=self.spec.rslora,
@@ -84,7 +85,7 @@ class Lora:
         return [group for group in groups if group.params]
 
     @contextmanager
-    def off(self, model: nn.Module) -> Iterator[None]:
+    def off(self, model: nn.Module) -> Generator[None]:
         """Every adapter layer computes its base layer alone."""
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         for layer in layers:
@@ -163,6 +164,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
         StorageError: the file's names are not those of the adapter.
     """
     config = LoraConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise StorageError(f"{folder} holds an adapter that is no LoRA")
     config.inference_mode = False
     _inject(model, config)
     tensors = reopened_tensors(folder / WEIGHTS)
@@ -178,10 +181,10 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> None:
 def merge_adapters(model: PreTrainedModel) -> None:
     """W <- W + s B A (or DoRA's W') in float32, rounded once to the base's dtype; adapters gone."""
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, LoraLayer):
+        if not (isinstance(layer, LoraLayer) and isinstance(layer, nn.Module)):
             continue
         base = layer.get_base_layer()
-        dtype = base.weight.dtype
+        dtype = cast(Tensor, base.weight).dtype  # torch: an attribute is Tensor | Module
         layer.float()
         layer.merge(safe_merge=True)
         model.set_submodule(name, base.to(dtype))

@@ -16,6 +16,7 @@ Left out: label smoothing, class weights, z-loss; a second derivative.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class ChunkedNll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -107,7 +108,7 @@ class ChunkedNll(torch.autograd.Function):
             nll = torch.empty(len(positions), dtype=exact, device=hidden.device)
             dh = flat.new_empty(len(positions), width) if need_h else None
             dw = torch.zeros_like(weight, dtype=exact) if need_w else None
-            db = torch.zeros_like(bias, dtype=exact) if need_b else None
+            db = torch.zeros_like(bias, dtype=exact) if need_b and bias is not None else None
             step = chunk_size(rows * length, len(positions))
             for start in range(0, len(positions), step):
                 part = slice(start, start + step)
@@ -122,12 +123,12 @@ class ChunkedNll(torch.autograd.Function):
                 dz.scatter_add_(1, target, torch.full_like(target, -1, dtype=dz.dtype))
                 dz = logit_map.backward(dz, z).to(dtype)
                 del z, logp
-                if need_h:
+                if dh is not None:
                     torch.mm(dz, w, out=dh[part]) if dh.dtype == dtype else dh[part].copy_(dz @ w)
                 weighted = h * rel[positions[part] // length, None].to(dtype)
-                if need_w:
+                if dw is not None:
                     _accumulate(dw, dz, weighted)
-                if need_b:
+                if db is not None:
                     db += rel[positions[part] // length].to(exact) @ dz.to(exact)
         ctx.save_for_backward(positions, scale, unit, dh, dw, db)
         ctx.shape, ctx.dtypes = hidden.shape, (weight.dtype, None if bias is None else bias.dtype)
@@ -135,7 +136,10 @@ class ChunkedNll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream: Tensor):
+    # torch's own signature is (ctx, *grads); there is one output
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # see above
+        ctx: Any, upstream: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """upstream (B,): for dh any weights of the rows; for dW it must be c * scale."""
         positions, scale, unit, dh, dw, db = ctx.saved_tensors
         rows, length, width = ctx.shape

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rayft.models.load import input_embeddings
+from rayft.models.tokenizer import pad_id
+
 
 @torch.no_grad()
 def generate(
@@ -24,8 +27,8 @@ def generate(
         return []
     rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     width = max(len(row) for row in rows)
-    device = model.get_input_embeddings().weight.device
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id, dtype=torch.int64)
+    device = input_embeddings(model).device
+    ids = torch.full((len(rows), width), pad_id(tokenizer), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
         ids[index, width - len(row) :] = torch.tensor(row)
@@ -33,7 +36,8 @@ def generate(
     training = model.training
     model.eval()
     try:
-        out = model.generate(
+        # every causal model has `generate`; the type of PreTrainedModel does not say so
+        out = model.generate(  # pyright: ignore[reportCallIssue]  # see above
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,

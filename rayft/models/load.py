@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -83,7 +83,7 @@ def load_model(
             )
     keep_nf4_as_loaded(model)
     if spec.quant == "none" and not is_deepspeed_zero3_enabled():
-        model.to(device)
+        model.to(device)  # pyright: ignore[reportArgumentType]  # transformers' `to` has no self
     model.requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -100,24 +100,23 @@ def keep_nf4_as_loaded(model: nn.Module) -> None:
     on every CPU. The switch is the layer's own and survives whatever is done to the model later
     (adapters wrap the layer itself, copies copy it).
     """
-    for module in model.modules():
-        if isinstance(module, _linear4bit()):
-            module.support_avx512bf16_for_cpu = False
+    for layer in _nf4_layers(model):
+        layer.support_avx512bf16_for_cpu = False
 
 
-def _linear4bit() -> tuple[type[nn.Module], ...]:
-    """bitsandbytes' layer, for isinstance; empty where nothing has imported the library, so that no
-    model can hold one. It is needed for quantised bases only, and is not on every machine."""
+def _nf4_layers(model: nn.Module) -> list[Any]:
+    """bitsandbytes' 4-bit layers; none where nothing has imported the library: no model can hold
+    one then. It is needed for quantised bases only, and is not on every machine."""
     library = sys.modules.get("bitsandbytes")
-    return () if library is None else (library.nn.Linear4bit,)
+    if library is None:
+        return []
+    return [module for module in model.modules() if isinstance(module, library.nn.Linear4bit)]
 
 
 def model_facts(model: PreTrainedModel) -> ModelFacts:
     """Parameter counts; exact for 4-bit weights and for weights that ZeRO-3 shards."""
-    packed = {
-        module.weight: module.in_features * module.out_features
-        for module in model.modules()
-        if isinstance(module, _linear4bit())
+    packed: dict[nn.Parameter, int] = {
+        layer.weight: layer.in_features * layer.out_features for layer in _nf4_layers(model)
     }
     sizes = {
         param: packed.get(param, full_shape(param).numel()) for _, param in model.named_parameters()
@@ -128,9 +127,14 @@ def model_facts(model: PreTrainedModel) -> ModelFacts:
     )
 
 
+def input_embeddings(model: PreTrainedModel) -> nn.Parameter:
+    """(V, H); transformers types the module around it as any module."""
+    return cast(nn.Parameter, model.get_input_embeddings().weight)
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer with ids that the model has no embedding for."""
-    rows = full_shape(model.get_input_embeddings().weight)[0]
+    rows = full_shape(input_embeddings(model))[0]
     if len(tokenizer) > rows:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}",
@@ -165,7 +169,7 @@ def _random(
 
 def _quantised(
     spec: ModelSpec, quant_storage: torch.dtype | None, device: torch.device | str
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Further arguments of from_pretrained; the output head stays unquantised."""
     if spec.quant == "none":
         return {}

@@ -6,8 +6,9 @@ Legend: B rows, T tokens of a row, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError
 from rayft.core.params import is_partitioned
 from rayft.models.chunked import ChunkedNll, LogitMap, plain_nll, trained_positions
+from rayft.models.load import input_embeddings
 
 PROBE_TOKENS = 4  # per document of the probes below
 
@@ -134,7 +136,7 @@ class CausalPolicy(nn.Module):
             raise _no_packing(self.model)
 
 
-def logit_map(config: dict) -> LogitMap:
+def logit_map(config: Mapping[str, Any]) -> LogitMap:
     """What the model family does to its logits, read from its config (the probe checks it)."""
     kind = config["model_type"]
     multiplier = 1.0
@@ -154,7 +156,7 @@ def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
 
 def _probe_ids(model: PreTrainedModel, documents: int) -> Tensor:
     """(1, 4 documents) int64 small token ids, all different."""
-    device = model.get_input_embeddings().weight.device
+    device = input_embeddings(model).device
     return torch.arange(1, documents * PROBE_TOKENS + 1, device=device)[None]
 
 
@@ -167,7 +169,7 @@ def _no_packing(model: PreTrainedModel) -> ConfigError:
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def _quiet(model: nn.Module) -> Generator[None]:
     """Eval mode and no gradients, then as it was."""
     training = model.training
     model.eval()

@@ -3,7 +3,7 @@ none of the seconds that the model classes take to import."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         ConfigError: not found, no network, or no token to pad with.
     """
     own = spec.tokenizer is None
-    source = resolve(spec.path if own else spec.tokenizer)
+    source = resolve(spec.path if spec.tokenizer is None else spec.tokenizer)
     with explained(source):
         tokenizer = AutoTokenizer.from_pretrained(
             source,
@@ -57,8 +57,20 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the padding token.
+
+    Raises:
+        ConfigError: it has none; one that `load_tokenizer` gave has.
+    """
+    found = tokenizer.pad_token_id
+    if not isinstance(found, int):
+        raise ConfigError("the tokenizer has no padding token")
+    return found
+
+
 @contextmanager
-def explained(source: str) -> Iterator[None]:
+def explained(source: str) -> Generator[None]:
     """What transformers says about a model that cannot be loaded, as one sentence."""
     try:
         yield

@@ -15,7 +15,7 @@ NLL = "nll"
 class NextToken:
     """Sum over the trained tokens of a row; which tokens those are, the labels say."""
 
-    terms = (NLL,)
+    terms: tuple[str, ...] = (NLL,)
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """{"nll": (B,) float64} trained tokens per row."""

@@ -96,7 +96,7 @@ class Ledger:
         trial: str,
         status: str,
         step: int,
-        params: Mapping[str, Any],
+        params: Mapping[str, object],
         metrics: Mapping[str, float] | None = None,
         **facts: str,
     ) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def read_ledger(storage: Storage) -> LedgerContents:
     return fold(found.rows, LedgerContents(damage=found.damage))
 
 
-def sound(row: Mapping[str, Any]) -> bool:
+def sound(row: Mapping[str, object]) -> bool:
     """Whether a row is one of a trial or of a pack, with all that `fold` needs."""
     if not _is_number(row.get("time")) or not isinstance(row.get("trial", row.get("pack")), str):
         return False
@@ -161,7 +161,7 @@ def sound(row: Mapping[str, Any]) -> bool:
     )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -181,7 +181,7 @@ def fold(
     return contents
 
 
-def metrics_in(row: Mapping[str, Any]) -> dict[str, float]:
+def metrics_in(row: Mapping[str, object]) -> dict[str, float]:
     """The numbers of a line that are metrics; {} where it is no report."""
     return {k: v for k, v in row.items() if k not in FACTS and isinstance(v, int | float)}
 

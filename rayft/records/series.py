@@ -13,7 +13,7 @@ METRICS = "metrics.jsonl"
 Key = tuple[int, str, str]
 
 
-def key_of(row: dict[str, Any]) -> Key | None:
+def key_of(row: Mapping[str, object]) -> Key | None:
     """(step, split, task); None for a row that belongs to no step."""
     step, split = row.get("step"), row.get("split", "train")
     if not isinstance(step, int) or isinstance(step, bool) or not isinstance(split, str):
@@ -50,7 +50,7 @@ def gaps(run: Storage, lines: int) -> list[str]:
     return said
 
 
-def sound(row: Mapping[str, Any]) -> bool:
+def sound(row: Mapping[str, object]) -> bool:
     """Whether a row is one of a series: it has a step and a loss, one per split and task."""
     need = ("loss", "eval_loss") if row.get("split") == "eval" else ("loss",)
     return key_of(dict(row)) is not None and all(

@@ -6,14 +6,14 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from rayft.config.sweep import Domain
 
 MANY, WIDE = 8, 20  # values listed one by one; ratio of ends from which an axis is logarithmic
 
 
-def written(value: Any, digits: int = 3) -> str:
+def written(value: object, digits: int = 3) -> str:
     """A value of a config field for people: 0.000217, 16, true, ["q", "v"], lr=0.001, rank=8."""
     if isinstance(value, str):
         return value
@@ -26,7 +26,7 @@ def written(value: Any, digits: int = 3) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def level(value: Any) -> str:
+def level(value: object) -> str:
     """A listed value, so exact that no two of them look the same."""
     return written(value, 12)
 
@@ -47,11 +47,11 @@ class SpaceAxis:
     high: float
     levels: tuple[str, ...] = ()
 
-    def pick(self, params: Mapping[str, Any]) -> Any:
+    def pick(self, params: Mapping[str, object]) -> Any:
         """The value that `params` hold; None without it."""
         return params.get(self.name)
 
-    def at(self, params: Mapping[str, Any]) -> float | None:
+    def at(self, params: Mapping[str, object]) -> float | None:
         """Where a trial lies: its value, or the index of its level."""
         value = self.pick(params)
         if self.levels:
@@ -60,7 +60,7 @@ class SpaceAxis:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return float(value) if number else None
 
-    def unit(self, params: Mapping[str, Any]) -> float | None:
+    def unit(self, params: Mapping[str, object]) -> float | None:
         """`at` on [0, 1], evenly in the logarithm where the domain is."""
         place = self.at(params)
         if place is None or self.high <= self.low:
@@ -77,7 +77,7 @@ class SpaceAxis:
         scale = ", log" if self.log else ""
         return f"{written(self.low)} to {written(self.high)}{scale}"
 
-    def edge(self, params: Mapping[str, Any]) -> str:
+    def edge(self, params: Mapping[str, object]) -> str:
         """`low` or `high` where a trial lies at an end of an ordered domain, else ""."""
         place = self.unit(params)
         ordered = not self.levels or all(_number(level) is not None for level in self.levels)
@@ -87,7 +87,9 @@ class SpaceAxis:
         return "low" if place <= near else "high" if place >= 1 - near else ""
 
 
-def axes(space: Mapping[str, Domain], seen: Iterable[Mapping[str, Any]]) -> tuple[SpaceAxis, ...]:
+def axes(
+    space: Mapping[str, Domain], seen: Iterable[Mapping[str, object]]
+) -> tuple[SpaceAxis, ...]:
     """The axes of a space, wide enough for every params in `seen` (population-based training may
     leave the domain)."""
     flat = dict(_unpaired(space))
@@ -124,7 +126,7 @@ def _axis(name: str, label: str, domain: Domain, seen: Sequence[Mapping[str, Any
     values = [*(domain.values or ()), *(v for each in seen if (v := bare.pick(each)) is not None)]
     unique = list({level(value): value for value in values}.items())
     if all(isinstance(v, int | float) and not isinstance(v, bool) for _, v in unique):
-        unique.sort(key=lambda pair: pair[1])
+        unique.sort(key=lambda pair: cast(float, pair[1]))  # all of them are numbers
     levels = tuple(text for text, _ in unique)
     return SpaceAxis(name, label, domain, False, 0.0, float(len(levels) - 1), levels)
 

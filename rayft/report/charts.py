@@ -163,7 +163,7 @@ def _spread_out(values: Sequence[float]) -> list[float]:
     return heights
 
 
-def _note(x: float, y: float, text: str, reach: Sequence[float], **more: Any) -> Figure:
+def _note(x: float, y: float, text: str, reach: Sequence[float], **more: object) -> Figure:
     """Text at a place; near an end of the axis it grows inwards, so that nothing is cut off."""
     share = (x - reach[0]) / (reach[1] - reach[0])
     side = "left" if share < 0.25 else "right" if share > 0.75 else "center"

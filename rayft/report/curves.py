@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from rayft.report.facts import SweepFacts, TrialResult
 from rayft.report.figure import SYMBOLS, Chart, Figure, layout, pointed, words
@@ -81,8 +80,8 @@ def _line(row: TrialResult, number: int, facts: SweepFacts, scale: MetricScale) 
 
 def _crowd(rows: Sequence[TrialResult], facts: SweepFacts) -> Figure:
     """All grey lines in one trace, with gaps between."""
-    xs: list[Any] = []
-    ys: list[Any] = []
+    xs: list[object] = []
+    ys: list[object] = []
     for row in rows:
         for step, value in _start(row, facts):
             xs.append(step)

@@ -8,7 +8,6 @@ import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -176,7 +175,7 @@ def front(rows: Sequence[TrialResult], cost: str, sign: int) -> list[TrialResult
     return kept
 
 
-def value_of(config: Any, path: str) -> Any:
+def value_of(config: object, path: str) -> object:
     """The value at a dotted path of a resolved config; None where there is none."""
     for key in path.split("."):
         if isinstance(config, list) and key.isdigit() and int(key) < len(config):

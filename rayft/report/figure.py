@@ -37,7 +37,7 @@ class Chart:
     title: str = ""
 
 
-def words(text: Any) -> str:
+def words(text: object) -> str:
     """Text of a user for Plotly; one that starts with @ would be a colour's name."""
     return html.escape(str(text), quote=False).replace("@", "&#64;")
 
@@ -58,13 +58,13 @@ def hover(row: TrialResult, facts: SweepFacts, scale: MetricScale) -> str:
     return "<br>".join([*lines, f"{row.trial.status} at step {row.trial.step:,}"])
 
 
-def layout(x: str = "", y: str = "", **more: Any) -> Figure:
+def layout(x: str = "", y: str = "", **more: object) -> Figure:
     """What all charts share: no chrome, hairlines, the reader's colours."""
     axis = {
         "gridcolor": "@line", "linecolor": "@line", "zeroline": False, "automargin": True,
         "tickfont": {"color": "@muted"}, "ticks": "", "showline": False,
     }  # fmt: skip
-    made = {
+    made: Figure = {
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": "@ink"},
         "margin": {"l": 8, "r": 12, "t": 8, "b": 8}, "showlegend": False,
@@ -98,7 +98,7 @@ def ticks(axis: SpaceAxis) -> dict[str, Any]:
 
 
 def points(
-    rows: Sequence[TrialResult], xs: Iterable[Any], ys: Iterable[Any], facts: SweepFacts,
+    rows: Sequence[TrialResult], xs: Iterable[object], ys: Iterable[object], facts: SweepFacts,
     size: int = 8, strong: Sequence[TrialResult] | None = None,
 ) -> Figure:  # fmt: skip
     """Trials as markers: the best a star, those in `strong` filled, the rest lighter."""
@@ -126,7 +126,7 @@ def points(
     }  # fmt: skip
 
 
-def metric_axis(facts: SweepFacts, rows: Sequence[TrialResult]) -> dict[str, Any]:
+def metric_axis(facts: SweepFacts, rows: Sequence[TrialResult]) -> dict[str, object]:
     """Where the results are; far outliers are cut off rather than squeezing the rest."""
     values = sorted(facts.sign * (row.value or 0.0) for row in rows)
     if not values:
@@ -139,7 +139,7 @@ def metric_axis(facts: SweepFacts, rows: Sequence[TrialResult]) -> dict[str, Any
     return {"range": ends, "nticks": 5}
 
 
-def _log_ticks(low: float, high: float) -> dict[str, Any]:
+def _log_ticks(low: float, high: float) -> dict[str, object]:
     at = [t for t in round_logs(low, high) if low * 0.99 <= t <= high * 1.01]
     at = at if len(at) > 1 else [low, high]
     texts = [f"{t:.0e}".replace("e-0", "e-") if t < 0.1 else f"{t:g}" for t in at]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from rayft.report.axes import written
 from rayft.report.facts import SweepFacts, TrialResult
@@ -122,7 +121,7 @@ def _line(
     return f"<tr{' class=best' if star else ''}>{''.join(cells)}</tr>"
 
 
-def _cell(facts: SweepFacts, row: TrialResult, name: str, scale: MetricScale) -> tuple[Any, str]:
+def _cell(facts: SweepFacts, row: TrialResult, name: str, scale: MetricScale) -> tuple[object, str]:
     """What to sort by, and what to show."""
     trial = row.trial
     if name.startswith("axis "):
@@ -130,7 +129,7 @@ def _cell(facts: SweepFacts, row: TrialResult, name: str, scale: MetricScale) ->
         picked = axis.pick(trial.params)
         return picked, "–" if picked is None else written(picked)
     again = f"{trial.status}, other seed" if trial.origin else trial.status
-    known: dict[str, tuple[Any, str]] = {
+    known: dict[str, tuple[object, str]] = {
         "trial": (trial.id, trial.id),
         "status": (trial.status, again),
         "value": (row.value, scale.text(row.value)),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
-from typing import Any
 
 from rayft.report.facts import SweepFacts
 from rayft.report.numbers import MINUS, many, seconds
@@ -41,7 +41,7 @@ def fullness(facts: SweepFacts) -> str:
     )
 
 
-def _pack(name: str, numbers: dict[str, Any]) -> str:
+def _pack(name: str, numbers: Mapping[str, object]) -> str:
     room = _n(numbers, "slots") * _n(numbers, "seconds")
     share = _n(numbers, "busy") / room if room else 0.0
     bar = f'<span class="bar"><i style="width:{min(1.0, max(0.0, share)):.0%}"></i></span>'
@@ -113,6 +113,6 @@ def _share(part: float, whole: float) -> str:
     return f"{sign}{abs(part / whole):.0%} of the first line"
 
 
-def _n(numbers: dict[str, Any], name: str) -> float:
+def _n(numbers: Mapping[str, object], name: str) -> float:
     value = numbers.get(name, 0.0)
     return float(value) if isinstance(value, int | float) else 0.0

@@ -23,7 +23,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from rayft.records.ledger import LedgerContents, LedgerTrial
 
@@ -102,11 +101,11 @@ def _packed(trials: Iterable[LedgerTrial], step: float) -> set[str]:
     return named or {trial.id for trial in listed}
 
 
-def _step(pack: Mapping[str, Any], every: int | None) -> float:
+def _step(pack: Mapping[str, object], every: int | None) -> float:
     step, evaluation = _number(pack, "alone_step_seconds"), _number(pack, "alone_eval_seconds")
     return step + (evaluation / every if step and every else 0.0)
 
 
-def _number(pack: Mapping[str, Any], name: str) -> float:
+def _number(pack: Mapping[str, object], name: str) -> float:
     value = pack.get(name, 0.0)
     return float(value) if isinstance(value, int | float) else 0.0

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -58,12 +58,12 @@ class _MemoryJournal(BaseJournalBackend):
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
         return self.lines[log_number_from:]
 
-    def append_logs(self, logs: Sequence[Mapping[str, Any]]) -> None:
+    def append_logs(self, logs: Sequence[Mapping[str, object]]) -> None:
         self.lines += [dict(line) for line in logs]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Optuna neither logs nor warns while this is open."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -138,7 +138,7 @@ def _choices(axis: SpaceAxis) -> list[Any]:
             for v, t in zip(plain, axis.levels, strict=True)]  # fmt: skip
 
 
-def _params(axes: Sequence[SpaceAxis], row: TrialResult) -> dict[str, Any]:
+def _params(axes: Sequence[SpaceAxis], row: TrialResult) -> dict[str, object]:
     found: dict[str, Any] = {}
     for axis in axes:
         place = axis.at(row.trial.params)
@@ -157,7 +157,9 @@ def _complete(
     spaces: Mapping[str, BaseDistribution],
     value: float,
 ) -> FrozenTrial:
-    return optuna.trial.create_trial(params=_params(axes, row), distributions=spaces, value=value)
+    return optuna.trial.create_trial(
+        params=_params(axes, row), distributions=dict(spaces), value=value
+    )
 
 
 def _frozen(

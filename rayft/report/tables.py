@@ -6,7 +6,6 @@ import csv
 import io
 import json
 from datetime import UTC, datetime
-from typing import Any
 
 from rayft.report.facts import SweepFacts, TrialResult
 
@@ -31,7 +30,7 @@ def trials_csv(facts: SweepFacts) -> str:
     return out.getvalue()
 
 
-def cell(value: Any) -> str:
+def cell(value: object) -> str:
     """One value; numbers as they are, everything else safe to open."""
     if value is None:
         return ""
@@ -47,7 +46,7 @@ def safe(text: str) -> str:
     return f"'{text}" if text.startswith(_RISKY) else text
 
 
-def _values(row: TrialResult, paths: list[str]) -> list[Any]:
+def _values(row: TrialResult, paths: list[str]) -> list[object]:
     trial = row.trial
     donors = " ".join(f"{step}:{donor}" for step, donor in trial.donors)
     return [

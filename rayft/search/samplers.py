@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rayft.config.run import Run
-from rayft.config.space import TRIES, applied, combination, drawn, params_of, sweep_of
+from rayft.config.space import TRIES, applied, combination, drawn, params_of
 from rayft.config.sweep import Domain
 from rayft.core.errors import ConfigError
 from rayft.records.ledger import TrialParams
@@ -91,7 +91,7 @@ class RandomSampler:
     """At random, without repeating itself in a finite space."""
 
     def __init__(self, run: Run, taken: Sequence[TrialParams]) -> None:
-        self._run, self._sweep = run, sweep_of(run)
+        self._run, self._sweep = run, run.swept
         self._space = self._sweep.space
         self._taken = {key(params) for params in taken}
         self._refused: dict[str, str] = {}  # params that make no valid config, and why

@@ -12,7 +12,6 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from rayft.config.run import Run
-from rayft.config.space import sweep_of
 from rayft.config.sweep import GridSpec, OptunaSpec
 from rayft.records.ledger import LedgerContents, LedgerTrial, TrialParams
 from rayft.search.samplers import GridSampler, RandomSampler, Sampler, TrialOutcome
@@ -58,7 +57,9 @@ class FixedSearcher(_StatelessSearcher):
         super().__init__()
         self._wanted = iter(list(wanted.items()))
 
-    def suggest(self, trial_id: str) -> TrialParams | str:
+    def suggest(  # pyright: ignore[reportIncompatibleMethodOverride]  # Tune's hint lacks FINISHED
+        self, trial_id: str
+    ) -> TrialParams | str:
         found = next(self._wanted, None)
         if found is None:
             return self.FINISHED
@@ -80,14 +81,17 @@ class SpaceSearcher(_StatelessSearcher):
 
     def __init__(self, run: Run, ledger: LedgerContents) -> None:
         super().__init__()
-        sweep = sweep_of(run)
+        sweep = run.swept
         self._metric_name, self._sign = sweep.metric, 1 if sweep.mode == "min" else -1
         self.exhausted = False
         known = {t.id: t for t in ledger.trials.values() if not t.origin}
         self._again = iter([trial for trial in known.values() if not trial.over])
         numbers = range(1, sweep.count + 1)
         self._numbers = iter([number for number in numbers if name_for(number) not in known])
-        kinds = {OptunaSpec: TpeSampler, GridSpec: GridSampler}
+        kinds: dict[type[object], type[RandomSampler]] = {
+            OptunaSpec: TpeSampler,
+            GridSpec: GridSampler,
+        }
         kind = kinds.get(type(sweep.search), RandomSampler)
         self._sampler: Sampler = kind(run, [trial.params for trial in known.values()])
         self._seen: dict[str, dict[int, dict[str, float]]] = {}  # id -> step -> metrics
@@ -97,7 +101,9 @@ class SpaceSearcher(_StatelessSearcher):
             seen = _seen(trial)
             self._sampler.tell_past(trial.params, self._outcome(trial.status, trial.step, seen))
 
-    def suggest(self, trial_id: str) -> TrialParams | str:
+    def suggest(  # pyright: ignore[reportIncompatibleMethodOverride]  # Tune's hint lacks FINISHED
+        self, trial_id: str
+    ) -> TrialParams | str:
         """See ray.tune.search.Searcher.
 
         Raises:

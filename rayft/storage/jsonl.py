@@ -56,7 +56,7 @@ class LineAppender:
             self._part = _after(path, taken)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="appender")
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: Mapping[str, object]) -> None:
         """Add one line. The keys "line" and "crc" are the log's own.
 
         Raises:
@@ -106,7 +106,7 @@ class LineAppender:
         elif self._settle(wait=False):
             self._pending = self._thread.submit(self._upload)
 
-    def _once(self, action: Callable[[IO[bytes]], Any], file: IO[bytes]) -> None:
+    def _once(self, action: Callable[[IO[bytes]], object], file: IO[bytes]) -> None:
         """Neither half a line nor a failed fsync can be repeated."""
         place = self._storage.shown(self._path)
         RetryPolicy(attempts=1).run("append to", place, lambda: action(file))

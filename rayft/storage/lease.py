@@ -21,7 +21,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -75,7 +75,7 @@ class Lease:
 
     @staticmethod
     @contextmanager
-    def held(storage: Storage, on_lost: Callable[[], None] = lambda: None) -> Iterator[Lease]:
+    def held(storage: Storage, on_lost: Callable[[], None] = lambda: None) -> Generator[Lease]:
         """Hold the lease of the folder `storage` inside the block.
 
         Args:
@@ -123,6 +123,8 @@ class Lease:
     def error(self) -> RayftError:
         """How it was lost."""
         why = self._why
+        if why is None:
+            return RayftError("the lease is not lost")
         return type(why)(why.what, cause=why.cause, fix=why.fix)
 
     def _look(self) -> None:

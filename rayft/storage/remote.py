@@ -13,7 +13,6 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
 from urllib.parse import unquote
 
 from rayft.core.address import AddressParts, clean, credentials_for, parts_of, shown
@@ -55,7 +54,7 @@ def refuse_malformed(address: str) -> None:
         raise _refusal(address, error) from error
 
 
-def connect(address: str) -> tuple[Any, str]:
+def connect(address: str) -> tuple[object, str]:
     """(pyarrow file system, path in it) of an address; nothing is asked of an s3:// store yet
     unless its region has to be found.
 
@@ -86,7 +85,7 @@ def _refusal(address: str, error: Exception) -> StorageError:
     )
 
 
-def _s3(parts: AddressParts, address: str) -> tuple[Any, str]:
+def _s3(parts: AddressParts, address: str) -> tuple[object, str]:
     from pyarrow.fs import AwsDefaultS3RetryStrategy, S3FileSystem, resolve_s3_region
 
     _check_bucket(parts)
@@ -126,8 +125,8 @@ def _check_bucket(parts: AddressParts) -> None:
         raise ValueError(f"{parts.place!r} is not the name of a bucket")
 
 
-def _options(given: dict[str, str]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
+def _options(given: dict[str, str]) -> dict[str, object]:
+    options: dict[str, object] = {}
     for name, text in given.items():
         kind = S3_OPTIONS.get(name)
         if kind is None:
@@ -140,7 +139,7 @@ def _options(given: dict[str, str]) -> dict[str, Any]:
     return options
 
 
-def _endpoint(options: Mapping[str, Any]) -> dict[str, str]:
+def _endpoint(options: Mapping[str, object]) -> dict[str, str]:
     """`host:port`; a scheme before it, as other tools write it, is taken as `scheme`."""
     if "endpoint_override" not in options:
         return {}
@@ -152,7 +151,7 @@ def _endpoint(options: Mapping[str, Any]) -> dict[str, str]:
     return {"endpoint_override": found[0]} | ({"scheme": scheme} if scheme else {})
 
 
-def _gcs(address: str, parts: AddressParts) -> tuple[Any, str]:
+def _gcs(address: str, parts: AddressParts) -> tuple[object, str]:
     from pyarrow.fs import FileSystem
 
     _check_bucket(parts)

@@ -23,7 +23,7 @@ _SEAL_BYTES = 18
 _TRIAL = re.compile(rb'"trial":"([\w-]{1,64})"')
 RECORD_CRC = "crc32"
 
-Sound = Callable[[Mapping[str, Any]], bool]
+Sound = Callable[[Mapping[str, object]], bool]
 """Whether a row is what its reader understands."""
 
 
@@ -62,7 +62,7 @@ def told(path: str, damage: tuple[DamagedLines, ...]) -> str:
     return f"{some} damaged and not used: {', '.join(shown)}"
 
 
-def line_of(row: Mapping[str, Any], number: int) -> bytes:
+def line_of(row: Mapping[str, object], number: int) -> bytes:
     """One line, with its end."""
     body = json.dumps({**row, LINE: number}, separators=(",", ":")).encode()[:-1]
     return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
@@ -77,7 +77,7 @@ def number_of(line: bytes) -> int | None:
     return int(body.rpartition(b'"line":')[2])
 
 
-def everything(row: Mapping[str, Any]) -> bool:
+def everything(row: Mapping[str, object]) -> bool:
     """The Sound of a reader that takes any row."""
     return True
 
@@ -172,7 +172,7 @@ class BadRecord(ValueError):
     """A file that is not what was written; the text says how."""
 
 
-def seal(record: Mapping[str, Any]) -> str:
+def seal(record: Mapping[str, object]) -> str:
     """Readable JSON with the checksum of its values: reformatting it does no harm."""
     return json.dumps({**record, RECORD_CRC: _crc(record)}, indent=2, sort_keys=True) + "\n"
 
@@ -197,6 +197,6 @@ def unseal(data: bytes) -> dict[str, Any]:
     return raw
 
 
-def _crc(record: Mapping[str, Any]) -> str:
+def _crc(record: Mapping[str, object]) -> str:
     text = json.dumps(record, sort_keys=True, separators=(",", ":"))
     return f"{zlib.crc32(text.encode()):08x}"

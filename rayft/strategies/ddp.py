@@ -15,7 +15,7 @@ Left out: fp16 with loss scaling, FSDP.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -128,7 +128,7 @@ class DdpEngine:
         load(self._named, self._optimizer, reader)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Generator[None]:
         """No gradients, eval mode; ranks need not run the same number of forwards."""
         training = self._step.training
         self._step.eval()

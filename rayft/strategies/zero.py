@@ -30,9 +30,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -41,13 +41,19 @@ from torch import Tensor, nn
 from rayft.config.run import ModelSpec, OptimSpec, TrainSpec
 from rayft.config.strategies import ZeroSpec
 from rayft.core.batch import Batch
-from rayft.core.errors import ConfigError, InfeasibleError
+from rayft.core.errors import ConfigError, InfeasibleError, RayftError
 from rayft.core.protocols import ParamGroup
 from rayft.core.shards import ShardReader, StateShard
 from rayft.strategies.optim import assert_groups, build_optimizer, grad_norm, read_lrs, set_lrs
 from rayft.strategies.slices import trained
 from rayft.strategies.zero_config import deepspeed_config
-from rayft.strategies.zero_state import FragmentedState, PartitionedState, ReplicatedState
+from rayft.strategies.zero_state import (
+    FragmentedState,
+    PartitionedState,
+    ReplicatedState,
+    cast_unsharded,
+    whole_numel,
+)
 
 BUCKET = 500_000_000  # elements: DeepSpeed's own default, far too much memory for a small model
 
@@ -82,7 +88,10 @@ def _refuse(spec: ZeroSpec, optim: OptimSpec, model: ModelSpec) -> None:
 
 def _refuse_nvme() -> None:
     """InfeasibleError with DeepSpeed's reason where its asynchronous I/O cannot be built here."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+    # DeepSpeed fills in the names of this module when it is imported
+    from deepspeed.ops.op_builder import (
+        AsyncIOBuilder,  # pyright: ignore[reportAttributeAccessIssue]  # see above
+    )
 
     builder = AsyncIOBuilder()
     if not builder.is_compatible(verbose=False):
@@ -125,7 +134,8 @@ def _forget_former_group() -> None:
     from deepspeed.utils import groups
 
     if _started_in is not None and _started_in is not dist.group.WORLD:
-        groups._release_process_group_references(group=None)
+        release = groups._release_process_group_references  # pyright: ignore[reportPrivateUsage]  # see above
+        release(group=None)
     _started_in = dist.group.WORLD
 
 
@@ -156,7 +166,7 @@ class ZeroStrategy:
         self.quant_storage = working if spec.stage == 3 and model.quant == "nf4" else None
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
+    def loading(self) -> Generator[None]:
         """Stage 3: transformers creates every parameter sharded, so no rank ever holds the model
         whole."""
         if not self._sharded_loading:
@@ -179,27 +189,12 @@ class ZeroStrategy:
 
 
 @contextmanager
-def _unprinted() -> Iterator[None]:
+def _unprinted() -> Generator[None]:
     """What DeepSpeed prints while it starts (memory tables, notices) goes to the debug log."""
     said = io.StringIO()
     with redirect_stdout(said):
         yield
     logging.getLogger(__name__).debug("DeepSpeed said:\n%s", said.getvalue())
-
-
-def _numel(param: nn.Parameter) -> int:
-    from deepspeed.runtime.zero.partition_parameters import is_zero_param
-
-    return param.ds_numel if is_zero_param(param) else param.numel()
-
-
-def _cast_unsharded(params: list[nn.Parameter], dtype: torch.dtype) -> None:
-    """Trained parameters made after loading (adapters) get the dtype DeepSpeed works in."""
-    from deepspeed.runtime.zero.partition_parameters import is_zero_param
-
-    for param in params:
-        if not is_zero_param(param):
-            param.data = param.data.to(dtype)
 
 
 class ZeroEngine:
@@ -220,9 +215,9 @@ class ZeroEngine:
         self._stage, self._clip = spec.stage, optim.clip
         self._named = trained(step, groups)
         params = list(self._named.values())
-        _cast_unsharded(params, torch.bfloat16 if config["bf16"]["enabled"] else torch.float32)
+        cast_unsharded(params, torch.bfloat16 if config["bf16"]["enabled"] else torch.float32)
         config = copy.deepcopy(config)
-        bucket = min(BUCKET, sum(_numel(param) for param in params))
+        bucket = min(BUCKET, sum(whole_numel(param) for param in params))
         config["zero_optimization"].setdefault("reduce_bucket_size", bucket)
         with _unprinted():
             self._engine, *_ = deepspeed.initialize(
@@ -231,7 +226,8 @@ class ZeroEngine:
                 config=config,
                 dist_init_required=False,
             )
-        self._optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
+        # its type names DeepSpeed's own optimizers, which are never asked for here
+        self._optimizer = cast(torch.optim.Optimizer, self._engine.basic_optimizer)
         assert_groups(self._optimizer, groups, optim.lr)
         self._state = self._held(spec)
 
@@ -257,7 +253,10 @@ class ZeroEngine:
         if self._stage == 0:
             return self._step_replicas()
         self._engine.step()  # skips the update itself where the norm is not finite
-        return float(self._engine.get_global_grad_norm())
+        norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            raise RayftError("DeepSpeed gives no gradient norm after a step")
+        return float(norm)
 
     def _step_replicas(self) -> float:
         """Stage 0 is torch's own optimizer on whole gradients: the norm is ours to check."""
@@ -285,9 +284,9 @@ class ZeroEngine:
         self._state.load(reader)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Generator[None]:
         """No gradients, eval mode. Stage 3: every rank must run the same number of forwards."""
-        training = self._engine.module.training
+        training = cast(nn.Module, self._engine.module).training
         self._engine.eval()
         try:
             with torch.no_grad():

@@ -11,15 +11,41 @@ Names of DeepSpeed's that are not documented (`_hp_mapping`, `fp32_partitioned_g
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from rayft.core.errors import InfeasibleError
+from rayft.core.errors import InfeasibleError, RayftError
+from rayft.core.params import PartitionedParameter
 from rayft.core.shards import PARAM, ParamSlice, ShardReader, StateShard
 from rayft.strategies import slices
 from rayft.strategies.optim import MOMENTS, adam_state
+
+
+def whole_numel(param: nn.Parameter) -> int:
+    """Elements of the whole parameter, wherever they are."""
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+    if not is_zero_param(param):
+        return param.numel()
+    return cast(PartitionedParameter, param).ds_numel  # what DeepSpeed has just said
+
+
+def cast_unsharded(params: list[nn.Parameter], dtype: torch.dtype) -> None:
+    """Trained parameters made after loading (adapters) get the dtype DeepSpeed works in."""
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+    for param in params:
+        if not is_zero_param(param):
+            param.data = param.data.to(dtype)
+
+
+def _whole(name: str, tensor: Tensor | None) -> Tensor:
+    """A copy on the CPU of what DeepSpeed gives for a full parameter."""
+    if tensor is None:
+        raise RayftError(f"DeepSpeed holds no full copy of {name}")
+    return tensor.to(device="cpu", copy=True)
 
 
 class ReplicatedState:
@@ -51,7 +77,7 @@ class FragmentedState:
     def _pieces(self) -> Iterator[tuple[str, ParamSlice]]:
         """This rank's live slices, by name."""
         for name, param in self._named.items():
-            piece = param._hp_mapping
+            piece = param._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]  # see above
             if piece is None:  # all of it lies on other ranks
                 continue
             flat = self._flats[piece.param_group_index]
@@ -86,7 +112,7 @@ class FragmentedState:
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, param in self._named.items():
-            yield name, safe_get_full_fp32_param(param).to(device="cpu", copy=True)
+            yield name, _whole(name, safe_get_full_fp32_param(param))
 
 
 class PartitionedState:
@@ -99,14 +125,15 @@ class PartitionedState:
     def __init__(
         self, engine: Any, named: Mapping[str, nn.Parameter], rank: int, swapped: bool
     ) -> None:
-        self._engine, self._named, self._rank = engine, named, rank
+        self._engine, self._rank = engine, rank
+        self._named = cast(Mapping[str, PartitionedParameter], named)  # DeepSpeed has cut them
         self._zero, self._optimizer = engine.optimizer, engine.basic_optimizer
         self._swapped = swapped
         if not swapped:
             for flat in self._zero.fp32_partitioned_groups_flat:
                 adam_state(self._optimizer, flat)
 
-    def _range(self, param: nn.Parameter) -> tuple[int, int]:
+    def _range(self, param: PartitionedParameter) -> tuple[int, int]:
         """[start, stop) without padding; empty where this rank holds padding only."""
         size = param.partition_numel()
         start = min(self._rank * size, param.ds_numel)
@@ -169,4 +196,4 @@ class PartitionedState:
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, param in self._named.items():
-            yield name, safe_get_full_fp32_param(param).to(device="cpu", copy=True)
+            yield name, _whole(name, safe_get_full_fp32_param(param))

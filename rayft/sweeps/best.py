@@ -10,7 +10,7 @@ import yaml
 
 from rayft.cluster.interrupt import Interrupt
 from rayft.config.run import Run
-from rayft.config.space import applied, sweep_of
+from rayft.config.space import applied
 from rayft.core.process import temporary
 from rayft.records.ledger import read_ledger
 from rayft.records.run_record import RunRecord, SweepRecord, SweepWinner, stored
@@ -87,7 +87,7 @@ def refit(
     from rayft.training.driver import RunContext, train
     from rayft.training.progress import view
 
-    searched = run.model_copy(update={"sweep": sweep_of(run).model_copy(update={"steps": None})})
+    searched = run.model_copy(update={"sweep": run.swept.model_copy(update={"steps": None})})
     winner = applied(searched, best.params, name=BEST, storage=home.uri)
     return train(
         winner, again=again, context=RunContext(view(), interrupt, fence=fence, export=True)

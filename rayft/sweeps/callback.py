@@ -11,7 +11,6 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from rayft.config.run import Run
-from rayft.config.space import sweep_of
 from rayft.hosts.overview import HostsOverview
 from rayft.hosts.trial_host import ActorHandle
 from rayft.records.ledger import LedgerTrial, TrialParams
@@ -127,7 +126,7 @@ def disk(run: Run, params: TrialParams, trainable: float, at_once: int) -> float
         params, trainable: of one trial; where the space holds ranks, the largest one counts.
     """
     widest = 1.0
-    for path, domain in sweep_of(run).space.items():
+    for path, domain in run.swept.space.items():
         if path.endswith(".rank") and params.get(path):
             widest = max(domain.ends()) / params[path]
     each = 12 * trainable * widest

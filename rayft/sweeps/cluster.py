@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +48,7 @@ class SweepCluster:
 @contextmanager
 def open_cluster(
     run: Run, state: SweepState, view: SweepView, interrupt: Interrupt
-) -> Iterator[SweepCluster]:
+) -> Generator[SweepCluster]:
     """The processes of packs and trials start while the data is found, or tokenised in them.
 
     Raises:

@@ -13,7 +13,6 @@ from ray.tune.schedulers import FIFOScheduler
 from rayft.cluster.interrupt import Interrupt, handling
 from rayft.config.rules import refuse
 from rayft.config.run import Run
-from rayft.config.space import sweep_of
 from rayft.core.errors import DivergedError, InterruptedRun, RayftError, StorageError
 from rayft.hosts.overview import HostsOverview
 from rayft.hosts.trial_host import ActorHandle
@@ -47,7 +46,7 @@ def sweep(run: Run, *, again: str = "the same command") -> SweepRecord:
         InUseError: another driver has this sweep, or took it over.
         RayftError: no trial came to an end; or the lease was deleted.
     """
-    sweep_of(run)
+    run.swept  # noqa: B018  # refused first where there is none
     refuse(run)
     view = sweep_view()
     home = Storage.open(run.storage).child(run.name)
@@ -103,7 +102,7 @@ class _SweepDriver:
         self._search(placer)
         self._seeds(placer)
         self._show(placer, force=True)
-        best, spec = self.state.summary(), sweep_of(self.run)
+        best, spec = self.state.summary(), self.run.swept
         if best is None:
             return
         self.state.fence(now=True)
@@ -119,7 +118,7 @@ class _SweepDriver:
         for name in replayed.stopped:
             self.state.stop(name)
         searcher = SpaceSearcher(self.run, self.state.ledger)
-        left = sweep_of(self.run).count - sum(trial.over for trial in self.state.searched())
+        left = self.run.swept.count - sum(trial.over for trial in self.state.searched())
         callback = self._callback(self._over)
         if left <= 0 or self._over():
             if not self._asked():
@@ -143,10 +142,10 @@ class _SweepDriver:
     def _seeds(self, placer: ActorHandle) -> None:
         """The winner again, with other seeds, to its full length."""
         best = self.state.best()
-        if sweep_of(self.run).seeds == 1 or best is None or self.interrupt.asked:
+        if self.run.swept.seeds == 1 or best is None or self.interrupt.asked:
             return
         wanted = {}
-        for number in range(1, sweep_of(self.run).seeds):
+        for number in range(1, self.run.swept.seeds):
             name = f"{best[0].id}-s{number}"
             known = self.state.ledger.trials.get(name)
             if known is None or not known.over:
@@ -188,7 +187,7 @@ class _SweepDriver:
         record = refit(
             self.run, self.state.home, best, self.again, self.interrupt, self.state.fence
         )
-        metric = record.eval.get(sweep_of(self.run).metric)
+        metric = record.eval.get(self.run.swept.metric)
         self.state.write(refit={"metric": metric, "step": record.steps, "seconds": record.seconds})
 
     # ---- while a phase runs
@@ -228,7 +227,7 @@ class _SweepDriver:
         """Whether the search must end now; keeps the reason."""
         if self._asked():
             return True
-        limit = sweep_of(self.run).max_seconds
+        limit = self.run.swept.max_seconds
         if limit is not None and self.state.seconds > limit:
             self.reason = "max_seconds"
         elif self.state.reached_target():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from rayft.checkpoint.folders import last_attempt, names, set_aside
 from rayft.config.run import Run
-from rayft.config.space import applied, sweep_of
+from rayft.config.space import applied
 from rayft.core.errors import ConfigError
 from rayft.hosts.placer_config import ATTEMPTS
 from rayft.records.ledger import LedgerContents, LedgerTrial, TrialParams
@@ -77,7 +77,7 @@ def _known(folder: Storage, run: Run, trial: LedgerTrial) -> Iterator[MissingLin
 
 def _params(run: Run, record: RunRecord) -> TrialParams | None:
     """What the space set in the config of a record; None where that does not give this config."""
-    params = {path: value_of(record.config, path) for path in sweep_of(run).paths()}
+    params = {path: value_of(record.config, path) for path in run.swept.paths()}
     try:
         made = applied(run, params, name=record.name, storage=record.config["storage"])
     except (ConfigError, KeyError):
@@ -108,9 +108,10 @@ def earlier_sweep(home: Storage, run: Run, ledger: LedgerContents) -> tuple[Swee
     Raises:
         ConfigError: that sweep has another config; it names what differs.
     """
-    shown, spec = home.shown(RECORD), sweep_of(run)
+    shown, spec = home.shown(RECORD), run.swept
     facts = (run.resolved(), run.sweep_digest(), spec.metric, spec.mode)
     fresh = SweepRecord(run.name, "running", *facts)
+    data = b""
     try:
         data = home.read_bytes(RECORD)
         return _same(SweepRecord.from_json(data), run, shown), ""

@@ -14,7 +14,6 @@ from ray.tune.schedulers import (
 )
 
 from rayft.config.run import Run
-from rayft.config.space import sweep_of
 from rayft.config.sweep import AshaSpec, MedianSpec, PbtSpec
 from rayft.config.sweep_rules import perturbable
 from rayft.sweeps.trial import SCORE
@@ -22,7 +21,7 @@ from rayft.sweeps.trial import SCORE
 
 def scheduler(run: Run) -> TrialScheduler:
     """The scheduler of the sweep block; steps are its clock."""
-    sweep = sweep_of(run)
+    sweep = run.swept
     first = run.train.eval_every or 1
     how: dict[str, Any] = {"metric": SCORE, "mode": sweep.mode}
     spec = sweep.scheduler
@@ -56,7 +55,7 @@ def scheduler(run: Run) -> TrialScheduler:
 def mutations(run: Run) -> dict[str, Any]:
     """What population-based training may change: its lists, and its ranges as samplers."""
     found: dict[str, Any] = {}
-    for path, domain in sweep_of(run).space.items():
+    for path, domain in run.swept.space.items():
         if not perturbable(path):
             continue
         if domain.values is not None:

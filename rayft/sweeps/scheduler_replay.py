@@ -11,7 +11,7 @@ we: the trials of the past are its own class, without a process.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -27,7 +27,6 @@ from ray.tune.schedulers import (
 )
 
 from rayft.config.run import Run
-from rayft.config.space import sweep_of
 from rayft.core.process import temporary
 from rayft.records.ledger import LedgerContents, metrics_in
 from rayft.records.run_record import ENDED
@@ -67,7 +66,8 @@ class ReplayedScheduler(TrialScheduler):
         for row in ledger.lines:
             if not (row.get("origin") or row["trial"] in over):
                 self._replay(row)
-                over |= {row["trial"]} if row["status"] in ENDED else set()
+                if row["status"] in ENDED:
+                    over.add(str(row["trial"]))
         self.stopped = sorted(self._stops - over)
         for name in self.stopped:
             self._finish(name, self._told[name])
@@ -90,7 +90,7 @@ class ReplayedScheduler(TrialScheduler):
             )
             self._trials[name].set_status(Trial.RUNNING)
             self._how.on_trial_add(self._past, self._trials[name])
-        trial, sweep = self._trials[name], sweep_of(self._run)
+        trial, sweep = self._trials[name], self._run.swept
         metrics = metrics_in(row)
         score = scheduler_score(status, metrics, sweep.metric, sweep.mode)
         told = {"trial_id": name, "step": step, SCORE: score, "status": status}
@@ -153,7 +153,7 @@ class ReplayedScheduler(TrialScheduler):
     def _take_over(self, controller: Controller, before: Trial, trial: Trial) -> None:
         """Population-based training acts on Tune's own trial, not on the one of the past."""
         name, how = str(trial), cast("PopulationBasedTraining", self._how)
-        states: dict[Trial, Any] = how._trial_state
+        states: dict[Trial, Any] = how._trial_state  # pyright: ignore[reportPrivateUsage]  # see above
         self._how.on_trial_add(controller, trial)
         states[trial] = states.pop(before)
         self._trials[name] = trial
@@ -229,7 +229,7 @@ class _PastController:
 
 
 @contextmanager
-def _seeded(text: str) -> Iterator[None]:
+def _seeded(text: str) -> Generator[None]:
     """Tune draws from the global generators; inside they depend on `text` alone."""
     ours, numpys = random.getstate(), np.random.get_state()
     random.seed(text)

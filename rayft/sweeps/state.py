@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from rayft.config.run import Run
-from rayft.config.space import sweep_of
 from rayft.config.sweep import PbtSpec
 from rayft.records.ledger import (
     LEDGER,
@@ -50,7 +49,7 @@ class SweepState:
     def __init__(self, home: Storage, run: Run, lease: Lease | None = None) -> None:
         self.lease = lease
         self.left: Callable[[str], bool] = lambda trial: True
-        self.home, self.run, self.spec = home, run, sweep_of(run)
+        self.home, self.run, self.spec = home, run, run.swept
         self.ledger: LedgerContents = read_ledger(home)
         self.news: list[str] = []  # lines for people, taken by the view
         if self.ledger.damage:
@@ -213,7 +212,8 @@ class SweepState:
     def best(self) -> tuple[LedgerTrial, float] | None:
         """The best trial and its metric: of all that neither diverged nor failed, the best report
         of each."""
-        spec, found = self.spec, []
+        spec = self.spec
+        found: list[tuple[LedgerTrial, float]] = []
         for trial in self.searched():
             report = trial.best(spec.metric, spec.mode)
             if report is not None and trial.status not in ("diverged", "failed"):

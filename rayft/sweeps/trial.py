@@ -123,7 +123,9 @@ class SweepTrial(Trainable):
             folder = str(ray.get(self._host.save.remote(self.trial_name)))
         write_pointer(checkpoint_dir, self.trial_name, folder, self._heard)
 
-    def load_checkpoint(self, checkpoint_dir: str) -> None:
+    def load_checkpoint(  # pyright: ignore[reportIncompatibleMethodOverride]  # Tune gives a path
+        self, checkpoint_dir: str
+    ) -> None:
         """Population-based training: go on from another trial's state, with this config."""
         pointer = json.loads((Path(checkpoint_dir) / POINTER).read_text())
         if pointer["folder"]:
@@ -143,6 +145,10 @@ def trial_class(
     """SweepTrial at this placer. Ray's dashboard shows its processes by the name of the class, and
     Tune's own wrappers would all have the same."""
     name = f"rayft-{sweep}-trial"
+
+    def resources(cls: type[SweepTrial], config: TrialParams) -> PlacementGroupFactory:
+        return place
+
     facts = {"_placer": placer, "_metric": metric, "_mode": mode, "__qualname__": name}
-    facts["default_resource_request"] = classmethod(lambda cls, config: place)
+    facts["default_resource_request"] = classmethod(resources)
     return type(name, (SweepTrial,), facts)

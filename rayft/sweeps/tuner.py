@@ -13,7 +13,6 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, SearchAlgorithm, Searcher, SearchGenerator
 
 from rayft.config.run import Run
-from rayft.config.space import sweep_of
 from rayft.core.errors import first_line
 from rayft.core.process import temporary
 from rayft.hosts.trial_host import ActorHandle
@@ -98,18 +97,18 @@ class _ListenerCallback(_DriverOnly, tune.Callback):
     def __init__(self, listener: TrialListener) -> None:
         self._listener = listener
 
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._listener.started(str(trial), dict(trial.config))
 
     def on_trial_result(
-        self, iteration: int, trials: list, trial: Any, result: TuneResult, **info: Any
+        self, iteration: int, trials: list[Any], trial: Any, result: TuneResult, **info: Any
     ) -> None:
         self._listener.reported(str(trial), dict(trial.config), result)
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._listener.ended(str(trial), dict(trial.config), trial.last_result or {})
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = trial.get_pickled_error() or trial.get_error()
         why = f"{type(error).__name__}: {first_line(str(error))}"
         self._listener.broke(str(trial), dict(trial.config), why)
@@ -124,7 +123,7 @@ class _SearcherAdapter(_DriverOnly, SearchAlgorithm):
         self._searcher = searcher
 
     @property
-    def total_samples(self) -> int:
+    def total_samples(self) -> Any:
         return self._searcher.total_samples
 
     def add_configurations(self, experiments: Any) -> None:
@@ -175,7 +174,7 @@ class TunerThread(threading.Thread):
         # On the driver's node: Tune keeps its pointer files there, and nothing else of a trial.
         here = f"node:{ray.util.get_node_ip_address()}"
         place = tune.PlacementGroupFactory([{"CPU": 0, here: 0.001}])
-        sweep = sweep_of(run)
+        sweep = run.swept
         limited = ConcurrencyLimiter(searcher, max_concurrent=most)
         self._tuner = tune.Tuner(
             trial_class(run.name, placer, sweep.metric, sweep.mode, place),

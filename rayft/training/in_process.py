@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ def attempt_in_process(
 
 
 @contextmanager
-def _group(backend: str) -> Iterator[None]:
+def _group(backend: str) -> Generator[None]:
     """The process group of one that a Ray worker would have, unless the caller has one already."""
     if dist.is_initialized():
         yield

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -16,9 +15,11 @@ from rayft.compose.data import Corpus
 from rayft.compose.gradient_check import GroupMovement
 from rayft.compose.job import AttemptJob
 from rayft.compose.session import RunSession
+from rayft.config.methods import LoraSpec
 from rayft.config.run import Run
 from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError, InfeasibleError
+from rayft.models.tokenizer import pad_id
 from rayft.storage.folder import Storage
 from rayft.trials.commit_queue import CommitQueue
 from rayft.trials.forward import PackedModel
@@ -70,6 +71,8 @@ def memory_claim(run: Run, adapter: TrialAdapter, corpus: Corpus) -> MemoryClaim
     """What a trial needs at most."""
     length = run.data.max_length if run.data.packing else int(corpus.train.lengths.max())
     method = run.methods[0]
+    if not isinstance(method, LoraSpec):
+        raise UnsharedBase(f"{run.name} is no LoRA run")
     kind = (method.dropout > 0, method.dora)
     return MemoryClaim(adapter.layout.size, adapter.rows, length, method.rank, kind)
 
@@ -124,14 +127,14 @@ def make_slot(
     shared: BuiltModel,
     eval_batches: tuple[Batch, ...],
     optimizer: Optimizer,
-    facts: Mapping[str, Any],
+    facts: Mapping[str, object],
 ) -> TrialSlot:
     """A trial around `adapter`, which is in a bucket; not begun. `shared`: what all trials of the
     pack have in common."""
     groups = tuple(replace(one, params=(adapter.params[one.name],)) for one in start.groups)
     made = optimizer(list(groups), run.optim)
     device = adapter.params["lora_A"].device
-    stream = train_stream(run, corpus, shared.tokenizer.pad_token_id)
+    stream = train_stream(run, corpus, pad_id(shared.tokenizer))
     parts = RunParts(
         run=run,
         built=replace(shared, methods=start.methods, groups=groups),
@@ -145,9 +148,7 @@ def make_slot(
     )
     storage = Storage.open(run.storage).child(run.name)
     generators = SlotGenerators(device)
-    session = RunSession(
-        job, parts, storage, QuietSignals(), time.monotonic(), generators=generators
-    )
+    session = RunSession(job, parts, storage, QuietSignals(), time.monotonic(), drawing=generators)
     record = trial_record(storage, run, job, facts)
     commits, movement = CommitQueue(session.writer), GroupMovement(parts.engine.group_of(), device)
     return TrialSlot(run.name, run, adapter, session, made, generators, commits, record, movement)

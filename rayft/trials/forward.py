@@ -8,7 +8,7 @@ neither attention nor the loss sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -91,7 +91,7 @@ class PackedModel:
             return self.step(batch.tensors(), batch.packed, dict(scale))
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Generator[None]:
         """No gradients, eval mode."""
         self.step.eval()
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,10 @@ class FreshAdapter:
         return flat[0]
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def shared_copy(model: Model) -> Model:
     """A copy of the module tree around the same parameters, buffers and quantisation states."""
     shared: list[object] = [*model.parameters(), *model.buffers()]
     for module in model.modules():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
-from typing import Any
 
 import torch
 
@@ -71,7 +70,7 @@ class Pack:
         *,
         slots: int,
         memory: int | None = None,
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, object] | None = None,
         divergence: float = 1.5,
         optimizer: Optimizer = build_optimizer,
     ) -> None:

@@ -18,6 +18,7 @@ materialised W + s B A, so it is rounded otherwise (1e-7 relative in float32).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from torch.nn import functional
 from rayft.trials.batch_layout import BatchLayout, LayoutHolder, TrialSegment, masks
 from rayft.trials.rank_bucket import LayerSize, RankBucket
 from rayft.trials.types import UnsharedBase
+
+SavedTensors = tuple[Tensor | None, Tensor, Tensor | None]
+"""Of one segment, for its backward pass: see `_LayerSegment.forward`."""
 
 
 class PackedLinear(nn.Module):
@@ -53,12 +57,22 @@ class PackedLinear(nn.Module):
             return _PackedLora.apply(x, None, self.current.anchor, self, layout, dtype)
         return _PackedLora.apply(x, self.base(x), self.current.anchor, self, layout, dtype)
 
+    @property
+    def base_weight(self) -> Tensor:
+        """W."""
+        return cast(Tensor, self.base.weight)  # torch: an attribute of a module is Tensor | Module
+
+    @property
+    def base_bias(self) -> Tensor | None:
+        """b."""
+        return cast("Tensor | None", self.base.bias)  # torch: as above
+
     def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x W^T without the bias."""
         if type(self.base) is nn.Linear:
             return functional.linear(x.to(dtype), self.base.weight.to(dtype))
         y = self.base(x.to(dtype))
-        return y if self.base.bias is None else y - self.base.bias
+        return y if self.base_bias is None else y - self.base_bias
 
     def input_grad(self, g: Tensor, dtype: torch.dtype) -> Tensor:
         """g W, the gradient of `product` with respect to x."""
@@ -122,7 +136,7 @@ class _LayerSegment:
         at = (self.segment.low, self.segment.high)
         _add_product(self.segment.bucket.view("grads", self.layer.index, group, *at), left, right)
 
-    def forward(self, flat: Tensor, out: Tensor, mask: Tensor | None) -> list[Tensor | None]:
+    def forward(self, flat: Tensor, out: Tensor, mask: Tensor | None) -> SavedTensors:
         """Change the rows of `out`, which hold W x + b; [mask, (s A z)^T (n, R, t), what c
         multiplies (n, t, d_out) with DoRA]."""
         a, b = self.factors()
@@ -130,10 +144,10 @@ class _LayerSegment:
         h = torch.bmm(a, z.transpose(1, 2)).mul_(self.segment.scaling)
         if not self.segment.bucket.layout.dora:
             _add_product(y, h.transpose(1, 2), b)
-            return [mask, h, None]
+            return mask, h, None
         c, _ = self.layer.factor(self.segment, self.dtype)
         if mask is None:
-            bias = self.layer.base.bias
+            bias = self.layer.base_bias
             u = y.to(self.dtype) if bias is None else y.to(self.dtype) - bias
             u = torch.baddbmm(u, h.transpose(1, 2), b)
             y.copy_(u * c if bias is None else u * c + bias)
@@ -141,10 +155,10 @@ class _LayerSegment:
             once = self.layer.product(z, self.dtype)
             u = torch.baddbmm(once, h.transpose(1, 2), b)
             y.add_(u * c - once)
-        return [mask, h, u]
+        return mask, h, u
 
     def backward(
-        self, flat: Tensor, g: Tensor, outer: Tensor, kept: list[Tensor | None]
+        self, flat: Tensor, g: Tensor, outer: Tensor, kept: SavedTensors
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients of the adapters; (gradient of (A z)^T (n, R, t), gradient of W z or None).
 
@@ -195,7 +209,7 @@ class _PackedLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         base_out: Tensor | None,
         anchor: Tensor,
@@ -205,9 +219,8 @@ class _PackedLora(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             if base_out is None:
-                base = layer.base
-                bias = None if base.bias is None else base.bias.to(dtype)
-                out = functional.linear(x.to(dtype), base.weight.to(dtype), bias)
+                bias = None if layer.base_bias is None else layer.base_bias.to(dtype)
+                out = functional.linear(x.to(dtype), layer.base_weight.to(dtype), bias)
             else:
                 ctx.mark_dirty(base_out)
                 out = base_out
@@ -228,12 +241,18 @@ class _PackedLora(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g: Tensor):
+    # torch's own signature is (ctx, *grads); there is one output
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # see above
+        ctx: Any, g: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Adds to the buckets' gradients; returns those of x and of `base_out`."""
-        layer, parts = ctx.layer, ctx.parts
+        layer: PackedLinear = ctx.layer
+        parts: list[_LayerSegment] = ctx.parts
         x, *kept = ctx.saved_tensors
         flat, g_flat = x.view(-1, layer.size.d_in), g.contiguous().view(-1, layer.size.d_out)
-        saved = [kept[3 * number : 3 * number + 3] for number in range(len(parts))]
+        saved: list[SavedTensors] = [
+            tuple(kept[3 * number : 3 * number + 3]) for number in range(len(parts))
+        ]
         outer = g_flat
         if any(u is not None and mask is None for mask, _, u in saved):
             outer = g_flat.clone()

@@ -5,7 +5,7 @@ the simulator drive. First come, first served; a trial moves only to a pack with
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 
 class PackLoad(Protocol):
@@ -17,7 +17,7 @@ class PackLoad(Protocol):
         ...
 
     @property
-    def trials(self) -> Collection[Any]:
+    def trials(self) -> Collection[object]:
         """Who is in."""
         ...
 

@@ -15,16 +15,19 @@ as it has trials: admitting or dropping one copies its rows (some MB per trial).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 GROUPS = ("lora_A", "lora_B", "lora_magnitude")
 LEAST_RANK = 8
+
+
+BucketKey = tuple[int, bool, bool, int]
+"""(padded rank, dora, whether there is dropout, rows of a micro-batch)."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class TrialAdapter:
     norms: tuple[Tensor, ...] = ()  # DoRA: ||W||^2 by row of W, by layer
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> BucketKey:
         """Rows with equal keys share a bucket."""
         return self.layout.rank, self.layout.dora, self.dropout > 0, self.rows
 
@@ -109,13 +112,13 @@ class TrialAdapter:
         """(size,) of the parameters, a copy."""
         return torch.cat([self.params[name].detach() for name in self.layout.ranges])
 
-    def parts(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    def parts(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """By layer: {group: tensor of the unpadded shape} of something that has the layout of
         `params` (flat, by group), such as moments."""
-        found = []
+        found: list[dict[str, Tensor]] = []
         starts = {name: start for name, (start, _) in self.layout.ranges.items()}
         for size, at in zip(self.layout.layers, self.layout.offsets, strict=True):
-            one = {}
+            one: dict[str, Tensor] = {}
             for name, tensor in tensors.items():
                 first, rank = at[name] - starts[name], self.rank
                 if name == "lora_A":
@@ -140,8 +143,8 @@ class RankBucket:
         self.reached: set[tuple[int, int, int]] = set()  # (layer, low, high) with a gradient
         self.scaling = self.params.new_zeros(0, 1, 1)
         self.norms: list[Tensor] = []  # DoRA: (n, d_out) ||W||^2 by layer
-        self._views: dict[tuple, Tensor] = {}
-        self._derived: dict[Any, Tensor] = {}  # from the parameters as they are now
+        self._views: dict[tuple[str, int, str, int, int], Tensor] = {}
+        self._derived: dict[Hashable, Tensor] = {}  # from the parameters as they are now
 
     def add(self, adapter: TrialAdapter, flat: Tensor) -> None:
         """Take `adapter` in, with these (size,) parameters."""
@@ -193,7 +196,7 @@ class RankBucket:
         """The parameters have changed in place."""
         self._derived = {}
 
-    def derived(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def derived(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """`make()`, once per update of the parameters."""
         if key not in self._derived:
             self._derived[key] = make()
@@ -222,7 +225,7 @@ class BucketSet:
         self, layers: tuple[LayerSize, ...], device: torch.device, dtype: torch.dtype
     ) -> None:
         self.layers, self.device, self.dtype = layers, device, dtype
-        self.all: dict[tuple, RankBucket] = {}
+        self.all: dict[BucketKey, RankBucket] = {}
 
     def add(self, adapter: TrialAdapter, flat: Tensor) -> None:
         """Take `adapter` in, with these (size,) parameters."""

@@ -159,7 +159,7 @@ class TrialSlot:
     trial: str
     run: Run
     adapter: TrialAdapter
-    session: RunSession
+    session: RunSession[SlotEngine]
     optimizer: torch.optim.Optimizer
     generators: SlotGenerators
     commits: CommitQueue

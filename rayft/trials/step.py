@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,7 +23,7 @@ ALONE = 3  # timed steps of a trial by itself
 
 
 @contextmanager
-def isolated(slot: TrialSlot, broken: dict[TrialSlot, RayftError]) -> Iterator[None]:
+def isolated(slot: TrialSlot, broken: dict[TrialSlot, RayftError]) -> Generator[None]:
     """One trial's loss, adapters or files must not end the others: what is wrong with it goes to
     `broken`."""
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from rayft.checkpoint.reader import names, remove
 from rayft.compose.job import AttemptJob
@@ -22,7 +21,7 @@ def delete_checkpoints(storage: Storage) -> None:
 
 
 def trial_record(
-    storage: Storage, run: Run, job: AttemptJob, facts: Mapping[str, Any]
+    storage: Storage, run: Run, job: AttemptJob, facts: Mapping[str, object]
 ) -> RunRecord:
     """run.json as it stands, or the first one; the attempt counted."""
     first = RunRecord(run.name, "running", run.resolved(), job.digest, seed=run.seed)

@@ -16,6 +16,7 @@ from rayft.cluster.interrupt import Interrupt
 from rayft.config.run import Run
 from rayft.core.address import above, below, clean, redact, shown
 from rayft.core.errors import ConfigError
+from rayft.records.run_record import SweepWinner
 from rayft.records.series import read_series
 from rayft.storage.folder import Storage
 from rayft.sweeps.best import write_config
@@ -99,7 +100,7 @@ def test_a_clone_finds_its_donor_below_an_endpoint(s3, rows, capsys):
 def test_commands_of_a_sweep_below_an_endpoint(s3, rows, capsys):
     home = write_sweep(s3.format("sweeps"), 3)
     run = Run.model_validate(config(s3, "best"))
-    write_config(home, run, {"trial": "t1", "params": {}, "metric": 1.0, "step": 4}, "eval_loss")
+    write_config(home, run, SweepWinner("t1", 4, 1.0, {}), "eval_loss")
     assert cli.main(["report", home.uri]) == 0
     assert home.child("report.html").uri in capsys.readouterr().out.splitlines()
     page = home.read_text("report.html").replace("&#x27;", "'").replace("&amp;", "&")
