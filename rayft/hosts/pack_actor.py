@@ -60,6 +60,7 @@ class PackActor:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._reports: dict[str, asyncio.Queue[TrialReport]] = {}
         self._ended: dict[str, TrialReport] = {}
+        self._homes: dict[str, Storage] = {}  # trial -> its folder
         self._broken: str | None = None
         self._commands: queue.SimpleQueue[tuple[Callable[[], object], asyncio.Future[Any]]] = (
             queue.SimpleQueue()
@@ -90,6 +91,7 @@ class PackActor:
         name = job.config["name"]
         self._reports[name] = asyncio.Queue()
         self._ended.pop(name, None)
+        self._homes[name] = Storage.open(job.config["storage"]).child(name)
         await self._ask(lambda: self._join(job, source, heard))
 
     async def next(self, trial: str) -> TrialReport:
@@ -126,8 +128,9 @@ class PackActor:
         return True
 
     async def save(self, trial: str) -> str:
-        """Commit a trial's present state; the address of its checkpoint folder."""
-        return await self._ask(lambda: self._opened().commit(trial))
+        """Commit a trial's present state; the address of its checkpoint folder. Of a trial that has
+        ended meanwhile: where its newest commit is. RayftError: it has none."""
+        return await self._ask(lambda: self._save(trial))
 
     async def stats(self) -> dict[str, float]:
         """How full and how fast; {} before a pack is open. start_seconds holds what this process
@@ -252,13 +255,26 @@ class PackActor:
         if source is not None:
             return  # what was said in its folder belongs to other settings
         try:
-            reports = missed_reports(Storage.open(job.config["storage"]).child(name), heard, step)
+            reports = missed_reports(self._homes[name], heard, step)
         except BaseException:
             gone = self._leave(name, keep=True, status="interrupted")
             if gone is not None:
                 gone.result()
             raise
         self._tell(lambda: self._deliver(reports))
+
+    def _save(self, trial: str) -> str:
+        from rayft.checkpoint.manifest import FOLDER
+        from rayft.checkpoint.reader import find_commit
+
+        pack = self._opened()
+        if trial in pack.trials:
+            return pack.commit(trial)
+        home = self._homes[trial]
+        found = find_commit(home, set_bad_aside=False)
+        if found is None:
+            raise RayftError(f"{trial} has left its pack without a commit")
+        return home.child(FOLDER, found.name).uri
 
     def _leave(self, trial: str, keep: bool, status: Status) -> Future[None] | None:
         pack = self._pack

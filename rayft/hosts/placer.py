@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 
 import ray
 import ray.exceptions
@@ -47,6 +48,7 @@ class TrialPlacer:
         self._base = Run.model_validate(settings.config)
         self._opened: PackPool | None = None
         self._data: PreparedData | None = None
+        self._other_data: dict[str, Awaitable[PreparedData]] = {}  # where the space changes it
         self._where: dict[str, PooledPack | ActorHandle] = {}  # a pack, or a trial's own host
         self._deaths: dict[str, int] = {}
         self._joins = 0
@@ -244,7 +246,15 @@ class TrialPlacer:
             if self._data is None:
                 raise RayftError("trials enter before their data is prepared")
             return self._data
-        return await prepare_trial_data.remote(run.resolved(), self._settings.driver)
+        key = json.dumps(_reads(run))
+        if key not in self._other_data:  # once for all trials that read the same
+            asked = prepare_trial_data.remote(run.resolved(), self._settings.driver)
+            self._other_data[key] = asked
+        try:
+            return await self._other_data[key]
+        except ray.exceptions.RayError:
+            self._other_data.pop(key, None)  # the next one may have more luck
+            raise
 
     async def _free(
         self, trial: str, *, keep: bool, tell: bool, status: Status = "interrupted"
@@ -280,8 +290,8 @@ class TrialPlacer:
             self._where.pop(await self._packs.rebalance(), None)
 
 
-def _reads(run: Run) -> tuple[object, ...]:
-    """What decides tokens and masks."""
+def _reads(run: Run) -> list[object]:
+    """What decides tokens and masks, as JSON."""
     model = run.model
-    names = (model.path, model.revision, model.tokenizer, model.chat_template)
-    return run.data, run.objective, *names
+    names = [model.path, model.revision, model.tokenizer, model.chat_template]
+    return [run.data.model_dump(mode="json"), run.objective.model_dump(mode="json"), *names]

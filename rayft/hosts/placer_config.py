@@ -34,7 +34,8 @@ class PlacerConfig:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-@ray.remote(num_cpus=1, max_retries=2)
+# The packs hold every CPU that Ray shares out: a task that asked for one would wait for ever.
+@ray.remote(num_cpus=0, max_retries=2)
 def prepare_trial_data(config: Mapping[str, object], driver: DriverContext) -> PreparedData:
     """Tokenise what a trial reads, where the space changes its data."""
     from rayft.compose.data import prepare_data

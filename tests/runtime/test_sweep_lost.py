@@ -14,12 +14,16 @@ from test_sweep import BASE, config, home, started, told
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayft.cluster.connect import connected
+from rayft.cluster.driver_context import DriverContext
 from rayft.compose.data import prepare_data
+from rayft.compose.job import AttemptJob
 from rayft.config.load import load
 from rayft.core.errors import ClusterLostError
+from rayft.hosts.pack_actor import PackActor, PackOpening
 from rayft.hosts.train_run import TrainRun
 from rayft.records.ledger import read_ledger
 from rayft.records.run_record import SweepRecord
+from rayft.storage.folder import Storage
 from rayft.sweeps.driver import sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
@@ -186,6 +190,22 @@ def small_with_dropout(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(source / name, folder / name)
     return folder
+
+
+def test_a_pack_says_where_the_state_of_a_trial_is_that_has_ended(ray_here, tmp_path):
+    """Population-based training may ask for it after the trial's last report."""
+    train = BASE["train"] | {"steps": 4}
+    run = load(BASE | {"name": "t1", "storage": str(tmp_path), "train": train})
+    prepared = prepare_data(run, lambda function, items: [function(item) for item in items])
+    data = (prepared.uri, prepared.hash)
+    host = PackActor.remote(DriverContext.here(), 1.0, 0.0)
+    ray.get(host.open.remote(PackOpening(run.resolved(), *data, 1, 9.0, {})))
+    job = AttemptJob(run.resolved(), run.digest(), "1x1", *data, insist=False)
+    ray.get(host.join.remote(job, None, 0))
+    assert ray.get(host.next.remote("t1")).status == "done"
+    place = Storage.open(ray.get(host.save.remote("t1")))
+    assert place.exists("COMMIT.json") and "step-4-" in place.uri
+    ray.kill(host)
 
 
 def test_a_run_of_its_own_goes_on_from_the_state_of_another(ray_here, tmp_path):
