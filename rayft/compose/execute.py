@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rayft.compose.arithmetic import settled
-from rayft.compose.assemble import RunParts, assemble
+from rayft.compose.assemble import RunParts, advanced, assemble
 from rayft.compose.data import open_corpus
 from rayft.compose.gradient_check import GradientCheck
 from rayft.compose.job import AttemptJob, AttemptOutcome, DriverSignals, ProgressEvent
@@ -22,7 +22,7 @@ from rayft.compose.session import RunSession, peak_memory
 from rayft.config.run import Run
 from rayft.core.protocols import Engine
 from rayft.models.quiet import hush
-from rayft.records.run_record import BestEvaluation, RunRecord, stored
+from rayft.records.run_record import RunRecord, stored
 from rayft.storage.folder import Storage
 
 
@@ -101,19 +101,8 @@ def _record(
     """What the model card tells: the driver's record, with this attempt's results."""
     run = parts.run  # its record may be damaged; the driver writes it again when this is told
     first = RunRecord(run.name, "running", job.config, job.digest, job.data_hash, run.seed)
-    return replace(
-        stored(storage) or first,
-        status="done",
-        steps=progress.step,
-        steps_total=parts.steps,
-        tokens=progress.tokens,
-        params_total=parts.params_total,
-        params_trainable=parts.params_trainable,
-        eval=progress.eval,
-        base=progress.base,
-        best=None if progress.best is None else BestEvaluation(**progress.best),
-        seconds=progress.seconds,
-    )
+    record = advanced(stored(storage) or first, parts, progress)
+    return replace(record, status="done", seconds=progress.seconds)
 
 
 def _outcome(status: str, session: RunSession[Engine]) -> AttemptOutcome:

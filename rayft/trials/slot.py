@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from rayft.compose.assemble import advanced
 from rayft.compose.gradient_check import GroupMovement, no_gradient
 from rayft.compose.job import ProgressEvent
 from rayft.compose.loop import StepResult, StepSchedule, check_finite
@@ -20,7 +21,7 @@ from rayft.compose.step import PREFIX
 from rayft.config.run import OptimSpec, Run
 from rayft.core.protocols import ParamGroup
 from rayft.core.shards import PARAM, ParamSlice, ShardReader, StateShard
-from rayft.records.run_record import BestEvaluation, RunRecord, Status
+from rayft.records.run_record import RunRecord, Status
 from rayft.strategies.optim import MOMENTS, adam_state, read_lrs, set_lrs
 from rayft.strategies.slices import STEP, check_shapes
 from rayft.trials.commit_queue import CommitQueue, StateSnapshot
@@ -199,22 +200,10 @@ class TrialSlot:
 
     def write_record(self, status: Status, error: str = "") -> None:
         """run.json."""
-        session, progress = self.session, self.session.progress
-        parts = session.parts
-        self.record = replace(
-            self.record,
-            status=status,
-            error=error,
-            steps=progress.step,
-            steps_total=parts.steps,
-            tokens=progress.tokens,
-            params_total=parts.params_total,
-            params_trainable=parts.params_trainable,
-            eval=progress.eval,
-            base=progress.base,
-            best=None if progress.best is None else BestEvaluation(**progress.best),
-            seconds=round(session.seconds(), 3),
-        )
+        session = self.session
+        record = advanced(self.record, session.parts, session.progress)
+        seconds = round(session.seconds(), 3)
+        self.record = replace(record, status=status, error=error, seconds=seconds)
         session.storage.write_text(RECORD, self.record.to_json())
 
     def finish_step(self, stepped: TrialStep, seconds: float) -> None:
