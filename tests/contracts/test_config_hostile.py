@@ -74,13 +74,15 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in HOSTILE.items()])
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
-def test_hostile_text_is_refused_within_a_second(tmp_path: Path, text: str, suffix: str) -> None:
+def test_hostile_text_is_refused_in_seconds(tmp_path: Path, text: str, suffix: str) -> None:
     path = tmp_path / f"run.{suffix}"
     path.write_text(text)
     began = time.process_time()
     with pytest.raises(ConfigError) as caught:
         load(path)
-    assert time.process_time() - began < 1.0
+    # half a second of an idle core at most; a busy one that shares its caches has taken 1.04. What
+    # is to be found here, an exponential or a square, takes minutes or for ever.
+    assert time.process_time() - began < 8.0
     said = str(caught.value)
     assert len(said.splitlines()) <= MAX_LINES and max(map(len, said.splitlines())) < 4200
 

@@ -91,7 +91,7 @@ def test_a_second_driver_is_refused_at_once_and_the_first_goes_on(
     began = time.monotonic()
     with pytest.raises(InUseError) as caught, Lease.held(Storage.open(str(folder))):
         raise AssertionError("held twice")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < leases.PATIENCE / 2
     assert f"process {first.pid} on {told(folder)['host']}" in caught.value.what
     assert caught.value.exit_code == 1
     counter = told(folder)["counter"]
@@ -111,7 +111,7 @@ def test_a_killed_holder_is_followed_at_once(tmp_path: Path, start: Start) -> No
     assert told(folder)["pid"] == first.pid
     began = time.monotonic()
     with Lease.held(Storage.open(str(folder))):
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < leases.PATIENCE / 2
         assert told(folder)["pid"] == os.getpid()
         (folder / "kept").touch()
     assert not (folder / LEASE).exists() and (folder / "kept").exists()

@@ -79,7 +79,7 @@ def test_a_killed_gcs_is_told_and_the_run_is_not_left_running(a_run, start):
     began = time.monotonic()
     gcs.kill()
     _, said = driver.communicate(timeout=60)
-    assert time.monotonic() - began < 25  # Ray itself takes a minute, and leaves with its own words
+    assert time.monotonic() - began < 45  # Ray itself takes a minute, and leaves with its own words
     assert driver.returncode == 75, said
     assert "interrupted: Ray's control process (GCS) is gone" in said and "Traceback" not in said
     assert status(run) == "interrupted"
