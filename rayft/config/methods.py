@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from rayft.config.base import Spec
+from rayft.config.traits import MethodTraits, Quant, Site
 
 
-class FullSpec(Spec):
+class FullSpec(MethodTraits):
     """Every parameter trains."""
+
+    site: ClassVar[Site] = "weights"
+    keeps_base: ClassVar[bool] = False
+    claims_all: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
+    export_as: ClassVar[Literal["peft", "model"]] = "model"
 
     kind: Literal["full"] = "full"
 
+    def quant_refusals(self) -> Mapping[Quant, str]:
+        why = (
+            "full fine-tuning trains the weights themselves, but model.quant: {run.model.quant} "
+            "keeps them frozen in few bits; use a lora method, or model.quant: none"
+        )
+        return {"int8": why, "nf4": why}
 
-class LoraSpec(Spec):
+
+class LoraSpec(MethodTraits):
     """Low-rank adapters beside linear layers (Hu et al. 2021); with lr_ratio it is LoRA+, on a
     quantised base QLoRA."""
+
+    site: ClassVar[Site] = "linear"
+    deltas: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
+    pack_free: ClassVar[tuple[str, ...]] = (
+        "rank",
+        "alpha",
+        "dropout",
+        "rslora",
+        "dora",
+        "lr_ratio",
+    )
 
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1, le=4096)
@@ -35,6 +62,14 @@ class LoraSpec(Spec):
     """Train magnitude and direction apart (Liu et al. 2024)."""
     lr_ratio: float = Field(default=1.0, gt=0)
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024); 1 is plain LoRA."""
+
+    def quant_refusals(self) -> Mapping[Quant, str]:
+        if not self.dora:
+            return {}
+        return {
+            "int8": "dora cannot see the scales of int8 weights (bitsandbytes keeps them "
+            "elsewhere); use model.quant: nf4, or dora: false"
+        }
 
 
 MethodSpec = Annotated[FullSpec | LoraSpec, Field(discriminator="kind")]

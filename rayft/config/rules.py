@@ -6,35 +6,17 @@ that knows it.
 
 from __future__ import annotations
 
-from collections import Counter
-
 from rayft.config.data import SourceSpec
-from rayft.config.methods import FullSpec, LoraSpec
 from rayft.config.rule import Rule
 from rayft.config.run import Run
 from rayft.config.strategies import ZeroSpec
 from rayft.config.sweep_rules import SWEEP_RULES
+from rayft.config.technique_rules import METHOD_RULES, OBJECTIVE_RULES
 from rayft.core.errors import ConfigError
 
 
-def _full(run: Run) -> bool:
-    return any(isinstance(method, FullSpec) for method in run.methods)
-
-
-def _twice(run: Run, spec: type) -> bool:
-    return Counter(type(method) for method in run.methods)[spec] > 1
-
-
-def _dora(run: Run) -> bool:
-    return any(isinstance(method, LoraSpec) and method.dora for method in run.methods)
-
-
-def _zero(run: Run, *stages: int) -> bool:
-    return isinstance(run.strategy, ZeroSpec) and run.strategy.stage in (stages or (0, 1, 2, 3))
-
-
 def _offload(run: Run, *kinds: str) -> bool:
-    return isinstance(run.strategy, ZeroSpec) and run.strategy.offload in kinds
+    return run.strategy.offloads in kinds
 
 
 def _nvme_path(run: Run) -> bool:
@@ -67,36 +49,8 @@ def _leaks(run: Run) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
-    # methods
-    Rule(
-        lambda run: _full(run) and run.model.quant != "none",
-        "full fine-tuning trains the weights themselves, but model.quant: {run.model.quant} keeps "
-        "them frozen in few bits; use a lora method, or model.quant: none",
-        "model.quant",
-    ),
-    Rule(
-        lambda run: _full(run) and len({type(m) for m in run.methods}) > 1,
-        "full trains every weight, so no method can stand beside it; keep either full or the "
-        "others",
-        "methods",
-    ),
-    Rule(
-        lambda run: _twice(run, FullSpec),
-        "methods lists full twice; once is everything already",
-        "methods",
-    ),
-    Rule(
-        lambda run: _twice(run, LoraSpec),
-        "methods lists lora twice and their parameter groups would have the same names; write one "
-        "lora whose targets name all the modules",
-        "methods",
-    ),
-    Rule(
-        lambda run: run.model.quant == "int8" and _dora(run),
-        "dora cannot see the scales of int8 weights (bitsandbytes keeps them elsewhere); use "
-        "model.quant: nf4, or dora: false",
-        "model.quant",
-    ),
+    *METHOD_RULES,
+    *OBJECTIVE_RULES,
     # model
     Rule(
         lambda run: run.model.init == "random" and run.model.quant != "none",
@@ -105,7 +59,7 @@ RULES: tuple[Rule, ...] = (
         "model.quant",
     ),
     Rule(
-        lambda run: run.model.quant == "int8" and _zero(run, 3),
+        lambda run: run.model.quant == "int8" and run.strategy.shards == 3,
         "int8 weights cannot be sharded by ZeRO stage 3; use strategy.stage: 2, or model.quant: "
         "nf4",
         "model.quant",
@@ -138,7 +92,7 @@ RULES: tuple[Rule, ...] = (
     ),
     # optimizer
     Rule(
-        lambda run: _eight_bit(run) and _zero(run) and _offload(run, "none"),
+        lambda run: _eight_bit(run) and not run.strategy.block_optimizers and _offload(run, "none"),
         "{run.optim.kind} keeps its state in blocks that ZeRO would cut apart; use optim.kind: "
         "adamw (ZeRO shards its state anyway), or strategy: ddp",
         "optim.kind",
@@ -168,12 +122,12 @@ RULES: tuple[Rule, ...] = (
     ),
     # strategy
     Rule(
-        lambda run: _offload(run, "cpu", "nvme") and _zero(run, 0),
+        lambda run: _offload(run, "cpu", "nvme") and run.strategy.shards == 0,
         "ZeRO stage 0 shards nothing, so nothing can be offloaded; use strategy.stage: 1, 2 or 3",
         "strategy.offload",
     ),
     Rule(
-        lambda run: _offload(run, "nvme") and _zero(run, 1, 2),
+        lambda run: _offload(run, "nvme") and run.strategy.shards in (1, 2),
         "offload to NVMe belongs to ZeRO stage 3; use strategy.stage: 3, or offload: cpu",
         "strategy.offload",
     ),
@@ -189,7 +143,7 @@ RULES: tuple[Rule, ...] = (
     ),
     # scale
     Rule(
-        lambda run: isinstance(run.scale.workers, tuple) and _zero(run),
+        lambda run: isinstance(run.scale.workers, tuple) and not run.strategy.elastic,
         "an elastic number of workers is not proven with DeepSpeed; give scale.workers one number "
         "(a stopped run continues on another number of workers), or use strategy: ddp",
         "scale.workers",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rayft.config.base import Spec
+from rayft.config.traits import StrategyTraits
 
 PRESETS: dict[str, dict[str, Any]] = {
     "ddp": {"kind": "ddp"},
@@ -19,14 +19,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class DdpSpec(Spec):
-    """torch DistributedDataParallel: every worker holds everything (one worker: no wrapper at
-    all)."""
+class DdpSpec(StrategyTraits):
+    """torch DistributedDataParallel: every worker holds everything (one worker: no wrapper)."""
+
+    elastic: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
+    block_optimizers: ClassVar[bool] = True
 
     kind: Literal["ddp"] = "ddp"
 
 
-class ZeroSpec(Spec):
+class ZeroSpec(StrategyTraits):
     """DeepSpeed ZeRO (Rajbhandari et al. 2019): optimizer state (1), gradients (2) and parameters
     (3) sharded."""
 
@@ -40,6 +43,14 @@ class ZeroSpec(Spec):
     deepspeed: dict[str, Any] | str | None = None
     """A DeepSpeed config (dict, or JSON file) merged under the typed fields; a contradiction is an
     error."""
+
+    @property
+    def shards(self) -> int:
+        return self.stage
+
+    @property
+    def offloads(self) -> Literal["none", "cpu", "nvme"]:
+        return self.offload
 
 
 StrategySpec = Annotated[DdpSpec | ZeroSpec, Field(discriminator="kind")]

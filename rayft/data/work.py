@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from rayft.config.data import DataSpec
-from rayft.config.objectives import LmSpec, ObjectiveSpec
+from rayft.config.objectives import ObjectiveSpec
 from rayft.core.errors import ConfigError, DataError
 from rayft.data import table as tables
 from rayft.data.encode import encode
@@ -57,12 +57,11 @@ def recipe(
     data: DataSpec, objective: ObjectiveSpec, chat_template: str | None = None
 ) -> TokenRecipe:
     """The recipe of a run; `chat_template` is jinja text, or None for the tokenizer's own."""
-    lm = isinstance(objective, LmSpec)
     return TokenRecipe(
         max_length=data.max_length,
         overflow=data.overflow,
-        train_all=lm or objective.train_on_prompt,
-        text_only_fails=not lm,
+        train_all=objective.trains_prompts,
+        text_only_fails=objective.reads != "text",
         chat_template=chat_template,
     )
 

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
-from rayft.config.methods import LoraSpec
-from rayft.config.objectives import LmSpec, SftSpec
 from rayft.config.override import flattened
 from rayft.config.run import Run
-from rayft.config.strategies import DdpSpec
 
 FREE = {
-    "methods.0": ("rank", "alpha", "dropout", "rslora", "dora", "lr_ratio"),
     "optim": None,
     "train": None,
     "seed": None,
@@ -23,7 +18,8 @@ FREE = {
     "sweep": None,
     "data": ("cache",),
 }
-"""What trials of one pack may differ in; None: all of that section, less `SHARED`."""
+"""What trials of one pack may differ in, beside what their method says (`pack_free`); None: all of
+that section, less `SHARED`."""
 SHARED = {"train": ("gradient_checkpointing", "precision"), "optim": ("kind",)}
 """Fields of a free section that hold for the whole pack."""
 
@@ -32,7 +28,7 @@ def why_not_packed(run: Run) -> str:
     """ "" when the run can be a trial of a pack; else the reason, one clause."""
     if run.scale.workers != 1:
         return f"scale.workers is {run.scale.workers}"
-    if not isinstance(run.strategy, DdpSpec):
+    if not run.strategy.packs:
         return f"strategy is {run.strategy.kind}"
     return why_not_shared(run)
 
@@ -41,11 +37,9 @@ def why_not_shared(run: Run) -> str:
     """ "" when the run's steps can go through a base that others share, wherever that is; else the
     reason, one clause."""
     methods = run.methods
-    if len(methods) != 1 or not isinstance(methods[0], LoraSpec):
+    if len(methods) != 1 or not methods[0].packs:
         return f"methods: {', '.join(method.kind for method in methods)} is not one lora"
-    # another objective, once there is one, has to be thought of here
-    known = SftSpec | LmSpec
-    if not isinstance(run.objective, known):  # pyright: ignore[reportUnnecessaryIsInstance]  # see above
+    if not run.objective.packs:
         return f"objective {run.objective.kind} needs more than the trial's own rows"
     if run.penalties:
         return "penalties look at weights that a pack shares"
@@ -70,23 +64,17 @@ def pack_differences(run: Run, other: Run) -> list[str]:
 def _shared(run: Run) -> dict[str, object]:
     """The config without what trials of one pack may differ in."""
     data = run.resolved()
+    for method, spec in zip(data["methods"], run.methods, strict=True):
+        for name in spec.pack_free:
+            del method[name]
     for section, names in FREE.items():
-        *path, last = section.split(".")
-        holder: Any = data
-        for key in path:
-            holder = holder[key]
-        if last.isdigit():
-            holder = holder[int(last)]
-        elif names is None and section in SHARED:
-            holder[last] = {name: holder[last][name] for name in SHARED[section]}
-            continue
-        elif names is None:
-            holder.pop(last)
-            continue
+        if names is not None:
+            for name in names:
+                del data[section][name]
+        elif section in SHARED:
+            data[section] = {name: data[section][name] for name in SHARED[section]}
         else:
-            holder = holder[last]
-        for name in names or ():
-            holder.pop(name, None)
+            del data[section]
     if run.model.init == "random":
         data["seed"] = run.seed  # the base's weights are drawn from it
     return data
