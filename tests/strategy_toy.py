@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rayft.compose.gradient_check import GradientCheck
 from rayft.config.run import ModelSpec, OptimSpec, TrainSpec
 from rayft.config.strategies import DdpSpec, ZeroSpec
-from rayft.core.batch import IGNORE, Batch
+from rayft.core.batch import IGNORE, Batch, Inputs
 from rayft.core.errors import DeadGradientError
 from rayft.core.protocols import Engine, ParamGroup, Strategy
 from rayft.core.reduce import sum_over_ranks
@@ -43,9 +43,8 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.head = model, head
 
-    def forward(
-        self, tensors: Mapping[str, Tensor], packed: bool, scale: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def forward(self, inputs: Inputs, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors, _ = inputs
         hidden = self.model.model(
             input_ids=tensors["input_ids"], position_ids=tensors["position_ids"], use_cache=False
         ).last_hidden_state[:, :-1]  # (B, T - 1, H)

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from rayft.compose.assemble import build, strategy_of
 from rayft.config.run import Run, ZeroSpec
-from rayft.core.batch import IGNORE, Batch
+from rayft.core.batch import IGNORE, Batch, Inputs
 from rayft.data.stream import TrainStream
 from rayft.records.series import read_series
 from rayft.strategies.optim import build_optimizer
@@ -70,14 +70,14 @@ class Cycle:
 
 
 class ChunkedMean(nn.Module):
-    """forward(tensors) -> mean loss of a micro-batch through rayft's policy."""
+    """forward(inputs of a batch) -> mean loss of a micro-batch through rayft's policy."""
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__()
         self.policy = policy
 
-    def forward(self, tensors: dict[str, Tensor]) -> Tensor:
-        batch = Batch(**tensors, packed=False)
+    def forward(self, inputs: Inputs) -> Tensor:
+        batch = Batch.of(inputs)
         count = (batch.targets() != IGNORE).sum()
         scale = (1.0 / count).expand(batch.rows)
         return (self.policy.row_nll(batch, scale) * scale).sum()
@@ -111,7 +111,7 @@ class PlainLoop:
 
     def micro(self, batch: Batch) -> Tensor:
         if self.chunked:
-            loss = self.engine(batch.to(self.device).tensors())
+            loss = self.engine(batch.to(self.device).inputs())
         else:
             ids, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
             loss = self.engine(input_ids=ids, labels=labels).loss

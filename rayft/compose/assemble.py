@@ -4,10 +4,11 @@ here."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayft import methods, objectives, strategies
@@ -55,6 +56,7 @@ class RunParts(Generic[EngineT]):
     steps: int
     params_total: int
     params_trainable: int
+    kept: Mapping[str, Tensor] = field(default_factory=dict)  # on CPU; see Method.kept
 
     def lrs(self, step: int) -> Mapping[str, float]:
         """Learning rate by group name at a 1-based step."""
@@ -73,7 +75,7 @@ def build(run: Run, device: torch.device, strategy: Strategy) -> BuiltModel:
             gradient_checkpointing=run.train.gradient_checkpointing,
             quant_storage=strategy.quant_storage,
         )
-        chosen = tuple(methods.build(spec) for spec in run.methods)
+        chosen = methods.build_all(run.methods)
         groups = tuple(methods.apply_all(model, chosen, seed=run.seed))  # DoRA reads base weights
     check_vocabulary(model, tokenizer)
     objective = objectives.build(run.objective)
@@ -102,6 +104,11 @@ def assemble(run: Run, corpus: Corpus, device: torch.device) -> RunParts[Engine]
     strategy = strategy_of(run, device)
     built = build(run, device, strategy)
     facts = model_facts(built.model)
+    kept = {
+        name: tensor.detach().cpu().clone()  # before a strategy moves or cuts it
+        for method in built.methods
+        for name, tensor in method.kept(built.model).items()
+    }
     engine = strategy.prepare(built.step, list(built.groups))
     if not built.policy.probed:
         built.policy.probe()
@@ -116,6 +123,7 @@ def assemble(run: Run, corpus: Corpus, device: torch.device) -> RunParts[Engine]
         steps=steps_of(run, stream),
         params_total=facts.total,
         params_trainable=facts.trainable,
+        kept=kept,
     )
 
 

@@ -71,7 +71,7 @@ def stepper_of(parts: RunParts[Engine]) -> StepRunner:
     """The steps of an attempt on this rank; made before the first of them."""
     built = parts.built
     check = GradientCheck(built.step, built.groups, parts.engine)
-    return StepRunner(parts.engine, built.objective, parts.stream, parts.lrs, check)
+    return StepRunner(parts.engine, built.objective, parts.stream, parts.lrs, check, built.methods)
 
 
 def _begin(job: AttemptJob, session: RunSession[Engine], schedule: StepSchedule) -> None:

@@ -9,7 +9,7 @@ trained model, quantised if it was, against merged (what leaving the quantised b
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rayft.config.run import ModelSpec
+from rayft import methods
+from rayft.config.run import ModelSpec, Run
 from rayft.core.errors import StorageError
-from rayft.methods import load_adapter, merge_adapters
+from rayft.core.protocols import Method
 from rayft.models.load import load_model
 from rayft.models.tokenizer import resolve
 from rayft.records.run_record import RunRecord
@@ -46,58 +47,68 @@ class ModelGap:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge_adapter` measured."""
+    """What `merge_run` measured."""
 
     rounding: ModelGap  # adapter on the unquantised base against the merged model
     trained: ModelGap  # the model as it was trained against the merged model
     dtype: str  # of the merged weights
 
 
-def merge_adapter(
-    spec: ModelSpec,
-    adapter: Path,
+def merge_run(
+    run: Run,
+    state: Mapping[str, Tensor],
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
     device: torch.device | str = "cpu",
-    seed: int = 0,
 ) -> MergeReport:
-    """Merge the adapter in `adapter` into the unquantised base; save model and tokenizer.
+    """Merge what a run has learnt into its unquantised base; save model and tokenizer.
 
     Args:
-        spec: the base as it was trained on (its quantisation is used for the second gap only).
-        adapter: folder in PEFT's hub layout.
+        run: the base as it was trained on (its quantisation is used for the second gap only) and
+            the methods.
+        state: full trained parameters by the model's own names.
         folder: where the merged model goes, Hugging Face layout.
         tokenizer: saved beside, with its chat template.
         device: where the arithmetic happens; one model at a time lives there.
-        seed: of `init: random` bases.
 
     Raises:
         StorageError: the saved model, reopened, gives other logits than the one in memory.
     """
     sequences = fixed_sequences(tokenizer)
-    trained = load_model(spec, device=device, seed=seed)
-    load_adapter(trained, adapter)
-    trained_logits = logits_of(trained, sequences)
-    del trained
-    plain = spec.model_copy(update={"quant": "none", "dtype": stored_dtype(spec)})
-    model = load_model(plain, device=device, seed=seed)
-    load_adapter(model, adapter)
+    trained_logits = logits_of(_tuned(run, state, device)[0], sequences)
+    plain = run.model.model_copy(update={"quant": "none", "dtype": stored_dtype(run.model)})
+    model, chosen = _tuned(run.model_copy(update={"model": plain}), state, device)
     adapted = logits_of(model, sequences)
-    merge_adapters(model)
+    for method in reversed(chosen):  # what was applied last is outermost
+        method.merge(model)
     merged = logits_of(model, sequences)
     model.config.use_cache = True  # off while training, on for those who generate with it
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    saved = ModelSpec(path=str(folder), dtype=plain.dtype, attention=spec.attention)
+    saved = ModelSpec(path=str(folder), dtype=plain.dtype, attention=plain.attention)
     del model
-    again = logits_of(load_model(saved, device=device, seed=seed), sequences)
+    again = logits_of(load_model(saved, device=device, seed=run.seed), sequences)
     if not all(torch.equal(one, two) for one, two in zip(merged, again, strict=True)):
         raise StorageError(
             f"{folder}: the saved model, reopened, gives other logits than the merged one",
             fix="delete the folder and export again; check the disk",
         )
     return MergeReport(gap(adapted, merged), gap(trained_logits, merged), plain.dtype)
+
+
+def _tuned(
+    run: Run, state: Mapping[str, Tensor], device: torch.device | str
+) -> tuple[PreTrainedModel, tuple[Method, ...]]:
+    """The run's model with its trained parameters, and the methods in it."""
+    model = load_model(run.model, device=device, seed=run.seed)
+    chosen = methods.build_all(run.methods)
+    methods.apply_all(model, chosen, seed=run.seed)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.requires_grad:
+                param.copy_(state[name])
+    return model, chosen
 
 
 def stored_dtype(spec: ModelSpec) -> str:

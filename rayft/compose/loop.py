@@ -19,7 +19,7 @@ from torch import Tensor
 from rayft.compose.gradient_check import GradientCheck, dead_graphs_named
 from rayft.core.batch import Batch
 from rayft.core.errors import DivergedError
-from rayft.core.protocols import BatchStream, Engine, Objective
+from rayft.core.protocols import BatchStream, Engine, Method, Objective
 from rayft.core.reduce import counts, reduce_rows, scales, sum_over_ranks
 
 
@@ -66,6 +66,7 @@ class StepRunner:
     stream: BatchStream
     lrs: Callable[[int], Mapping[str, float]]  # step (1-based) -> learning rate by group name
     check: GradientCheck
+    methods: tuple[Method, ...] = ()
 
     def run(self, step: int, stop: bool) -> StepResult | None:
         """One step; None, and nothing done, when any rank asked for a stop."""
@@ -74,6 +75,8 @@ class StepRunner:
         totals, tokens, seen, stopped = self._totals(window, stop)
         if stopped:
             return None
+        for method in self.methods:
+            method.before(step, engine.full)
         loss = torch.zeros((), dtype=torch.float64, device=engine.device)
         with dead_graphs_named(f"rank {engine.rank}, step {step}"):
             for index, batch in enumerate(window):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,15 @@ from rayft.compose.arithmetic import settled
 from rayft.compose.assemble import BuiltModel, build, held_out, strategy_of
 from rayft.compose.data import SEPARATOR, open_corpus, prepare_data
 from rayft.compose.evaluate import evaluate
-from rayft.compose.export import ModelGap, check_vllm, merge_adapter, write_model_card
-from rayft.compose.publish import EXPORT, choose_commit, copy_out, make_export, record_at
+from rayft.compose.export import ModelGap, check_vllm, merge_run, write_model_card
+from rayft.compose.publish import (
+    EXPORT,
+    CommitWeights,
+    choose_commit,
+    copy_out,
+    make_export,
+    record_at,
+)
 from rayft.config.run import Run
 from rayft.config.strategies import DdpSpec
 from rayft.core.batch import Batch
@@ -51,8 +58,8 @@ class EvalEngine:
     def __init__(self, built: BuiltModel, device: torch.device) -> None:
         self.step, self.device = built.step.to(device), device
 
-    def forward(self, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.step(batch.tensors(), batch.packed, dict(scale))
+    def measure(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        return self.step(batch.inputs(), None)
 
     @contextmanager
     def evaluating(self) -> Generator[None]:
@@ -157,7 +164,7 @@ def export_run(
         ConfigError: nothing to merge. StorageError: no such checkpoint, or storage fails.
     """
     opened = open_run(where)
-    if merge and not all(method.keeps_base for method in opened.built.methods):
+    if merge and not all(method.keeps_base for method in opened.run.methods):
         raise ConfigError("nothing to merge: this run trained the weights themselves")
     commit = choose_commit(opened.storage, opened.record, step)
     target = Storage.open(to) if to else opened.storage.child(MERGED if merge else EXPORT)
@@ -168,19 +175,19 @@ def export_run(
         if check:
             lines += _verdict(check_vllm(folder))
         if merge:
-            adapter, folder = folder, Path(scratch) / "merged"
-            lines += _merged(opened, record_at(opened.record, commit), adapter, folder)
+            folder = Path(scratch) / "merged"
+            lines += _merged(opened, commit, folder)
         copy_out(folder, target)
     return "\n".join(lines)
 
 
-def _merged(opened: OpenedRun, record: RunRecord, adapter: Path, folder: Path) -> list[str]:
+def _merged(opened: OpenedRun, commit: Commit, folder: Path) -> list[str]:
     """Merge into `folder`; what the merge changed, in words."""
     tokenizer = opened.built.tokenizer
-    found = merge_adapter(
-        opened.run.model, adapter, folder, tokenizer, device=opened.device, seed=opened.run.seed
-    )
-    write_model_card(folder, record, tokenizer, merged=found)
+    with commit.reader() as reader:
+        state = CommitWeights(reader)
+        found = merge_run(opened.run, state, folder, tokenizer, device=opened.device)
+    write_model_card(folder, record_at(opened.record, commit), tokenizer, merged=found)
     return [
         f"merged into the unquantised base, stored as {found.dtype}; reopened, same logits",
         f"  logit gap, adapter beside base -> merged: {_gap(found.rounding)}",

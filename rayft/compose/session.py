@@ -20,6 +20,7 @@ from rayft.checkpoint.writer import REFUSED, CheckpointWriter
 from rayft.compose.assemble import EngineT, RunParts
 from rayft.compose.evaluate import evaluate
 from rayft.compose.job import AttemptJob, DriverSignals, EventKind, ProgressEvent
+from rayft.compose.kept import check_kept, stored_kept
 from rayft.compose.loop import LoopProgress, StepResult, StepSchedule
 from rayft.core.address import above
 from rayft.core.errors import PermanentStorageError, StorageError
@@ -141,6 +142,7 @@ class RunSession(Generic[EngineT]):
     def take(self, commit: Commit) -> None:
         """The state of `commit`: parameters, optimizer, generators, progress."""
         with commit.reader() as reader:
+            check_kept(self.parts.kept, reader.whole(0), commit.name)
             self.parts.engine.load(reader)
             saved = reader.whole(self.rank) if self.rank < commit.world else {}
             self.generators.restore(saved, fresh_seed(self.parts.run.seed, self.rank, commit.step))
@@ -148,13 +150,11 @@ class RunSession(Generic[EngineT]):
         self.earlier = self.progress.seconds
 
     def clone(self, source: str, schedule: StepSchedule) -> Commit:
-        """The state of another run's checkpoint, under this run's settings; not yet saved.
+        """The state of another run's checkpoint, under this run's settings; not yet saved. The
+        donor's best is not this run's: this state is its best where `schedule` evaluates it.
 
         Args:
-            source: the checkpoint's folder; where it has been cleared away since, that run's
-                newest commit.
-            schedule: of this run. The donor's best is not this run's: this state is its best where
-                it was evaluated.
+            source: the checkpoint's folder; where it has been cleared away, the newest commit.
         """
         folder, name = above(source)
         donor = Storage.open(above(folder)[0])
@@ -214,7 +214,7 @@ class RunSession(Generic[EngineT]):
         )
 
     def judge(self, step: int, found: dict[str, float]) -> bool:
-        """Log an evaluation, and say whether it is the best so far."""
+        """Log an evaluation; whether it is the best so far."""
         if step == 0:
             self.progress.base = found
         self.progress.eval = found
@@ -248,12 +248,13 @@ class RunSession(Generic[EngineT]):
         if self.metrics is not None:
             self.metrics.flush()
             extra["lines"] = self.metrics.lines
-        return replace(shard, whole={**shard.whole, **self.generators.state()}), extra
+        own = self.generators.state() | stored_kept(self.parts.kept, self.rank)
+        return replace(shard, whole={**shard.whole, **own}), extra
 
     # ---- the end
 
     def finish(self) -> None:
-        """Wait for the last commit; its failure is the run's failure."""
+        """Wait for the last commit; its failure is the run's."""
         self.writer.wait()
         self._tell_saves(self.progress.step)
         if self.metrics is not None:
@@ -275,8 +276,7 @@ class RunSession(Generic[EngineT]):
         return self.earlier + time.monotonic() - self.began
 
     def _tell_saves(self, step: int) -> None:
-        """Rank 0: what has become of the saves in the background. A save is told when it is
-        committed, not when it begins: until then a restart would not find it."""
+        """Rank 0: what has become of the saves in the background; a save is told once committed."""
         if self.rank != 0:
             return
         problem = self.writer.poll()

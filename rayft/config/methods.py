@@ -34,7 +34,6 @@ class LoraSpec(MethodTraits):
     quantised base QLoRA."""
 
     site: ClassVar[Site] = "linear"
-    deltas: ClassVar[bool] = True
     merges: ClassVar[bool] = True
     packs: ClassVar[bool] = True
     pack_free: ClassVar[tuple[str, ...]] = (
@@ -62,6 +61,10 @@ class LoraSpec(MethodTraits):
     """Train magnitude and direction apart (Liu et al. 2024)."""
     lr_ratio: float = Field(default=1.0, gt=0)
     """Learning rate of B over that of A (LoRA+, Hayou et al. 2024); 1 is plain LoRA."""
+
+    @property
+    def deltas(self) -> bool:
+        return not self.dora
 
     def quant_refusals(self) -> Mapping[Quant, str]:
         if not self.dora:

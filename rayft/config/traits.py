@@ -34,8 +34,6 @@ class MethodTraits(Spec):
     """Before the first step the model computes what the base computes."""
     claims_all: ClassVar[bool] = False
     """Trains every weight there is, so that nothing can stand beside it."""
-    deltas: ClassVar[bool] = False
-    """What it adds to each weight, W - W0, can be had without W0: weight penalties work on it."""
     merges: ClassVar[bool] = False
     """What it has learnt can become part of the base's own weights."""
     packs: ClassVar[bool] = False
@@ -44,6 +42,12 @@ class MethodTraits(Spec):
     """Fields that the trials of one pack may differ in."""
     export_as: ClassVar[Literal["peft", "model"]] = "peft"
     """What it leaves to take away: an adapter in PEFT's layout, or a whole model."""
+
+    @property
+    def deltas(self) -> bool:
+        """What it adds to each weight, W - W0, can be had without W0: weight penalties work on
+        it."""
+        return False
 
     def quant_refusals(self) -> Mapping[Quant, str]:
         """{model.quant: why this spec cannot train on such a base, and what to do}."""

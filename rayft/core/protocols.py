@@ -7,7 +7,7 @@ Policy      the model as an objective sees it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rayft.core.batch import Batch
 from rayft.core.shards import ShardReader, StateShard
 
-if TYPE_CHECKING:  # a type alone: this room needs torch and nothing else
+if TYPE_CHECKING:  # types alone: this room needs torch and nothing else
     from transformers import PreTrainedModel
 
 
@@ -28,8 +28,7 @@ class ParamGroup:
     """Parameters that share a learning rate and a weight decay.
 
     `name` is stable over restarts ("lora_B", "decay", "no_decay") and unique in a run; the learning
-    rate of the
-    group is lr(step) * lr_ratio; `decay` False means weight decay 0.
+    rate of the group is lr(step) * lr_ratio; `decay` False means weight decay 0.
     """
 
     name: str
@@ -38,19 +37,67 @@ class ParamGroup:
     decay: bool = True
 
 
-class Method(Protocol):
-    """What is trainable. Everything is frozen before the first method is applied."""
+class Delta(Protocol):
+    """What a method adds to one weight: W = W0 + delta, (o, i)."""
 
-    keeps_base: bool  # True: the base weights never change, so `off` gives the base model back
+    @property
+    def name(self) -> str:
+        """Of the weight in the base model."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(o, i)."""
+        ...
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """L (o, k) and R (k, i) with delta = L R, for as long as nothing trains; gradients flow."""
+        ...
+
+    def norm_sq(self) -> Tensor:
+        """Scalar ||delta||_F^2, without the (o, i) matrix; gradients flow."""
+        ...
+
+    def dense(self) -> Tensor:
+        """(o, i); gradients flow."""
+        ...
+
+
+FullParams = Callable[[], Iterator[tuple[str, Tensor]]]
+"""(name, full tensor on CPU) of every trained parameter; collective: every rank must iterate to the
+end."""
+
+
+class Method(Protocol):
+    """What is trainable. Everything is frozen before the first method is applied; methods are
+    applied in the order of their site (config/traits.py)."""
 
     def apply(self, model: PreTrainedModel) -> list[ParamGroup]:
         """Change `model` in place, set requires_grad on what trains, return it in groups (never an
         empty one)."""
         ...
 
+    def kept(self, model: nn.Module) -> dict[str, Tensor]:
+        """Frozen tensors that are the method's own and not the base's, by parameter or buffer name:
+        they are saved once with every checkpoint, and a run continues only where they are equal."""
+        ...
+
+    def before(self, step: int, full: FullParams) -> None:
+        """Called before each step (1-based) on every rank; `full` gives the trained parameters."""
+        ...
+
+    def deltas(self, model: nn.Module) -> Iterator[Delta]:
+        """What is added to each weight; nothing where the spec's `deltas` says no."""
+        ...
+
     def off(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside the context the model computes what the base computes (only where
-        `keeps_base`)."""
+        """Inside the context the model computes what the base computes (only where the spec's
+        `keeps_base` says so)."""
+        ...
+
+    def merge(self, model: PreTrainedModel) -> None:
+        """Make what it has learnt part of the weights of `model`, whose base is not quantised, in
+        place; its own modules are gone afterwards (only where the spec's `merges` says so)."""
         ...
 
     def export(self, model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
@@ -66,25 +113,60 @@ class Policy(Protocol):
         """(B,) float32 summed negative log-likelihood of the labels of each row, in nats.
 
         `scale` (B,): what the loop will multiply each row by before backward. A loss that is linear
-        in the nll
-        can so form the head's gradient in the forward pass. The result itself is *not* scaled.
+        in the nll can so form the head's gradient in the forward pass. The result itself is *not*
+        scaled.
         """
         ...
 
 
-class Objective(Protocol):
-    """What is minimised: per-row sums, and counts that the batch alone decides."""
+@dataclass(frozen=True)
+class LossContext:
+    """What an objective may look at besides the trained model and the batch.
 
-    terms: tuple[str, ...]
+    Attributes:
+        peer: the reference or teacher, where the spec's `reference` asks for one.
+    """
+
+    peer: Policy | None = None
+
+
+class Objective(Protocol):
+    """What is minimised: per-row sums, and counts that the batch alone decides.
+
+    loss = sum over terms of weight * (sum over rows of `loss`) / (sum over rows of `count`)
+    """
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation reports, as the spec declares it."""
+        ...
+
+    @property
+    def terms(self) -> Mapping[str, float]:
+        """{term: its weight in the loss}; the order is that of every table of terms."""
+        ...
+
+    def head(self, width: int) -> nn.Module | None:
+        """What takes the vocabulary's place above hidden states of `width`; None: nothing does."""
+        ...
 
     def count(self, batch: Batch) -> dict[str, Tensor]:
         """{term: (B,) float64}: what the sums of `loss` will be divided by, before any forward
         pass."""
         ...
 
-    def loss(self, policy: Policy, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{term: (B,) float32} sums per row. `scale[term]` (B,) is 1 / the global count, as known
-        beforehand."""
+    def loss(
+        self, policy: Policy, batch: Batch, scale: Mapping[str, Tensor], context: LossContext
+    ) -> dict[str, Tensor]:
+        """{term: (B,) float32} sums per row. `scale[term]` (B,) is weight / the global count, as
+        known beforehand."""
+        ...
+
+    def measure(
+        self, policy: Policy, batch: Batch, context: LossContext
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """{name: (sums (B,), counts (B,))}, without gradients: every term of the loss, then what
+        else an evaluation tells (accuracy, margin), each a sum over rows over a sum of counts."""
         ...
 
 
@@ -94,8 +176,7 @@ class BatchStream(Protocol):
 
     def window(self, step: int, rank: int, world: int) -> list[Batch]:
         """This rank's micro-batches of `step` (1-based). Every rank gets the same number; a rank
-        without rows left
-        gets a batch that trains nothing (all labels IGNORE)."""
+        without rows left gets a batch that trains nothing (all labels IGNORE)."""
         ...
 
 
@@ -105,12 +186,12 @@ class Evaluator(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def forward(self, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The objective's rows, computed inside the wrapped module."""
+    def measure(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """The objective's measures, computed inside the wrapped module."""
         ...
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """No gradients, eval mode; `forward` inside."""
+        """No gradients, eval mode; `measure` inside."""
         ...
 
 
@@ -133,29 +214,29 @@ class StateHolder(Protocol):
         ...
 
     def load(self, reader: ShardReader) -> None:
-        """Restore parameters and optimizer from shards written by any world size and any
-        strategy."""
+        """Restore parameters and optimizer from shards of any world size and any strategy."""
         ...
 
 
 class Engine(Evaluator, StateHolder, Protocol):
     """A prepared model, its gradients and its optimizer on this rank."""
 
+    def forward(self, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The objective's rows, computed inside the wrapped module."""
+        ...
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients of `loss`, which is this rank's part of the global mean: gradients
-        are *summed* over
-        ranks. `last` marks the step's last micro-batch."""
+        are *summed* over ranks. `last` marks the step's last micro-batch."""
         ...
 
     def step(self, lrs: Mapping[str, float]) -> float:
         """Clip, update with these learning rates by group name, zero the gradients; the norm before
-        clipping. An
-        update with a non-finite norm is not applied."""
+        clipping. An update with a non-finite norm is not applied."""
         ...
 
     def full(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor on CPU) of every trained parameter; collective: every rank must
-        iterate to the end."""
+        """See FullParams."""
         ...
 
 
@@ -169,5 +250,5 @@ class Strategy(Protocol):
         ...
 
     def prepare(self, step: nn.Module, groups: list[ParamGroup]) -> Engine:
-        """Wrap `step` (forward(tensors, packed, scale) -> rows) for training."""
+        """Wrap `step` (compose/step.py: TrainStep) for training."""
         ...

@@ -5,7 +5,7 @@ micro-batches of a
 step and over all ranks *before* the first backward pass, so every row is multiplied by 1 / (global
 count of its term and trial):
 
-    loss = sum_term sum_row  sums[term][row] / totals[term][trial[row]]
+    loss = sum_term weight[term] sum_row  sums[term][row] / totals[term][trial[row]]
 
 Gradient accumulation, data parallelism, packing and packed trials are then exact by construction:
 regrouping rows
@@ -35,12 +35,13 @@ def counts(objective: Objective, window: Iterable[Batch], trials: int = 1) -> Te
 
 
 def scales(objective: Objective, batch: Batch, totals: Tensor) -> dict[str, Tensor]:
-    """{term: (B,) float32} the factor of each row: 1 / totals[term, trial], 0 where nothing
+    """{term: (B,) float32} the factor of each row: weight / totals[term, trial], 0 where nothing
     counts."""
-    inverse = torch.where(totals > 0, 1.0 / totals, torch.zeros_like(totals)).to(torch.float32)
+    inverse = torch.where(totals > 0, 1.0 / totals, torch.zeros_like(totals))
     trial = batch.trial
     return {
-        term: inverse[index].to(trial.device)[trial] for index, term in enumerate(objective.terms)
+        term: (inverse[index] * weight).to(torch.float32).to(trial.device)[trial]
+        for index, (term, weight) in enumerate(objective.terms.items())
     }
 
 

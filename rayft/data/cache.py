@@ -1,7 +1,8 @@
 """The token cache: a TokenTable on storage, checked whenever it is opened.
 
     <cache>/<hash>/tokens-<id>.arrow     Arrow IPC file, one record batch: source int32, row int64,
-                                         ids large_list<int32>, mask large_list<uint8>
+                                         ids large_list<int32>, mask large_list<uint8>, and each
+                                         column, per row plain, per token a large_list
                    bad_rows-<id>.jsonl
                    meta.json             written last: names both files, their sizes and crc32, and
                                          the counts; carries a checksum itself
@@ -28,7 +29,9 @@ from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from rayft.core.batch import COLUMN, Column
 from rayft.data.table import BadRowEntry, TableCounts, TokenTable
 from rayft.storage.folder import Storage
 from rayft.storage.sealed import BadRecord, seal, unseal
@@ -73,6 +76,7 @@ def save(table: TokenTable, meta: Mapping[str, object], storage: Storage) -> str
             "row": pa.array(table.row),
             "ids": pa.LargeListArray.from_arrays(offsets, pa.array(table.ids)),
             "mask": pa.LargeListArray.from_arrays(offsets, pa.array(table.mask.view(np.uint8))),
+            **{COLUMN + one.name: _arrow(one, table, offsets) for one in table.columns},
         }
     )
     mark, bad = uuid4().hex[:8], table.bad_rows_jsonl()
@@ -94,6 +98,7 @@ def save(table: TokenTable, meta: Mapping[str, object], storage: Storage) -> str
         "documents": table.documents,
         "tokens": len(table.ids),
         "counts": [asdict(count) for count in table.counts],
+        "columns": [asdict(column) for column in table.columns],
     }
     storage.write_text(META, seal(facts))
     return storage.shown(bad_rows)
@@ -133,6 +138,7 @@ def load(
         raise DamagedCache(f"{META}: of the entry {meta['hash']}")
     batch = pa.ipc.open_file(_verified(storage, meta["tokens_file"])).get_batch(0)
     ids, mask, source = batch.column("ids"), batch.column("mask"), batch.column("source").to_numpy()
+    columns = tuple(Column(**item) for item in meta.get("columns", ()))
     lines = _verified(storage, meta["bad_rows_file"]).to_pybytes().splitlines()
     return TokenTable(
         ids=ids.values.to_numpy(),
@@ -145,7 +151,18 @@ def load(
         counts=tuple(_counts(item) for item in meta["counts"]),
         bad=tuple(BadRowEntry(**json.loads(line)) for line in lines),
         digest=digest,
+        columns=columns,
+        values={one.name: _values(one, batch.column(COLUMN + one.name)) for one in columns},
     )
+
+
+def _arrow(column: Column, table: TokenTable, offsets: pa.Array) -> pa.Array:
+    values = pa.array(table.values[column.name])
+    return values if column.per == "row" else pa.LargeListArray.from_arrays(offsets, values)
+
+
+def _values(column: Column, stored: pa.Array) -> NDArray[np.generic]:
+    return (stored if column.per == "row" else stored.values).to_numpy()
 
 
 def listing(storage: Storage) -> str:

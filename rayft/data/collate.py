@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from rayft.core.batch import IGNORE, Batch
+from rayft.core.batch import IGNORE, Batch, Column
 from rayft.data.table import TokenTable
 
 DUMMY_LENGTH = 8  # tokens of a row that trains nothing
@@ -38,17 +38,26 @@ def collate(
 
     Returns:
         Batch of (B, T) with T the longest row. At least 2 tokens, so that there is a target.
+
+    Raises:
+        ValueError: the table has a column per row, and a row several documents.
     """
     lengths = [sum(table.length(document) for document in row) for row in rows]
     width = -(-max(2, *lengths) // multiple) * multiple
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
     positions = np.tile(np.arange(width, dtype=np.int64), (len(rows), 1))
+    columns = {column.name: column.empty(len(rows), width) for column in table.columns}
+    if any(column.per == "row" for column in table.columns) and max(map(len, rows)) > 1:
+        raise ValueError("a column per row, and several documents in one row")
     for index, row in enumerate(rows):
         at = 0
         for document in row:
             tokens, mask = table.document(document)
             end = at + len(tokens)
+            for column in table.columns:
+                where = index if column.per == "row" else (index, slice(at, end))
+                columns[column.name][where] = torch.from_numpy(table.column(column, document))
             ids[index, at:end] = tokens
             labels[index, at + 1 : end] = np.where(mask, tokens, IGNORE)[1:]
             positions[index, at:] -= positions[index, at]
@@ -63,10 +72,12 @@ def collate(
         task=torch.tensor([int(table.task[row[0]]) for row in rows], dtype=torch.int64),
         trial=torch.zeros(len(rows), dtype=torch.int64),
         packed=packed,
+        columns=columns,
+        declared=table.columns,
     )
 
 
-def dummy(*, pad_id: int, packed: bool, task: int = 0) -> Batch:
+def dummy(*, pad_id: int, packed: bool, columns: Sequence[Column] = ()) -> Batch:
     """(1, DUMMY_LENGTH): a row that trains nothing, for a rank that has no rows left."""
     ids = torch.full((1, DUMMY_LENGTH), pad_id, dtype=torch.int64)
     return Batch(
@@ -74,7 +85,9 @@ def dummy(*, pad_id: int, packed: bool, task: int = 0) -> Batch:
         labels=torch.full_like(ids, IGNORE),
         position_ids=torch.arange(DUMMY_LENGTH, dtype=torch.int64)[None],
         lengths=torch.zeros(1, dtype=torch.int64),
-        task=torch.tensor([task], dtype=torch.int64),
+        task=torch.zeros(1, dtype=torch.int64),
         trial=torch.zeros(1, dtype=torch.int64),
         packed=packed,
+        columns={column.name: column.empty(1, DUMMY_LENGTH) for column in columns},
+        declared=tuple(columns),
     )

@@ -95,7 +95,7 @@ class TrainStream:
                 multiple=self.multiple,
             )
             if len(part)
-            else dummy(pad_id=self.pad_id, packed=self.packing)
+            else dummy(pad_id=self.pad_id, packed=self.packing, columns=self.table.columns)
             for part in parts[rank::world]
         ]
 
@@ -246,4 +246,5 @@ class EvalSet:
             for group in groups[rank::world]
         ]
         missing = math.ceil(len(groups) / world) - len(mine)
-        return mine + [dummy(pad_id=self.pad_id, packed=False) for _ in range(missing)]
+        filler = dummy(pad_id=self.pad_id, packed=False, columns=self.table.columns)
+        return mine + [filler] * missing

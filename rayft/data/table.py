@@ -8,11 +8,13 @@ Legend: D documents, N tokens of all documents.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rayft.core.batch import Column
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class TokenTable:
 
     ids (N,) int32, mask (N,) bool (True: trained), offsets (D + 1,) int64, source (D,) int32 index
     into `sources`, row (D,) int64 number in the source, task (D,) int32 index into the run's task
-    names.
+    names. `values` holds what `columns` declare, by name: (D,), or (N,) per token.
     """
 
     ids: NDArray[np.int32]
@@ -70,6 +72,8 @@ class TokenTable:
     counts: tuple[TableCounts, ...]
     bad: tuple[BadRowEntry, ...] = ()
     digest: str = ""
+    columns: tuple[Column, ...] = ()
+    values: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
 
     @property
     def documents(self) -> int:
@@ -94,6 +98,13 @@ class TokenTable:
         """(ids, mask) of one document, views."""
         start, stop = self.offsets[index], self.offsets[index + 1]
         return self.ids[start:stop], self.mask[start:stop]
+
+    def column(self, column: Column, index: int) -> NDArray[np.generic]:
+        """(T,) of one document, or () where the column is per row; a view."""
+        values = self.values[column.name]
+        if column.per == "row":
+            return values[index : index + 1].reshape(())
+        return values[self.offsets[index] : self.offsets[index + 1]]
 
     def summary(self) -> dict[str, object]:
         """For run.json: {"total": counts, "sources": {"0 path": counts}, "hash": ...}."""
@@ -139,8 +150,8 @@ def from_documents(
 
 
 def joined(tables: Sequence[TokenTable], rows: Sequence[int]) -> TokenTable:
-    """Tables of the same sources one after another; `rows[i]` is added to the row numbers of the
-    i-th."""
+    """Tables of the same sources and columns one after another; `rows[i]` is added to the row
+    numbers of the i-th."""
     first = np.cumsum([0, *(len(table.ids) for table in tables)])
     bad = [
         replace(item, row=item.row + base)
@@ -164,4 +175,9 @@ def joined(tables: Sequence[TokenTable], rows: Sequence[int]) -> TokenTable:
             for index in range(len(tables[0].sources))
         ),
         bad=tuple(bad),
+        columns=tables[0].columns,
+        values={
+            column.name: np.concatenate([table.values[column.name] for table in tables])
+            for column in tables[0].columns
+        },
     )

@@ -3,15 +3,16 @@ implementation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rayft.config.base import Spec
 from rayft.config.methods import FullSpec, LoraSpec, MethodSpec
+from rayft.config.traits import SITES
 from rayft.core.protocols import Method
 from rayft.methods.apply import apply_all
 from rayft.methods.full import Full
-from rayft.methods.lora import Lora, load_adapter, merge_adapters
+from rayft.methods.lora import Lora
 
 IMPLEMENTATIONS: dict[type[Spec], Callable[[Any], Method]] = {FullSpec: Full, LoraSpec: Lora}
 
@@ -21,4 +22,9 @@ def build(spec: MethodSpec) -> Method:
     return IMPLEMENTATIONS[type(spec)](spec)
 
 
-__all__ = ["IMPLEMENTATIONS", "apply_all", "build", "load_adapter", "merge_adapters"]
+def build_all(specs: Sequence[MethodSpec]) -> tuple[Method, ...]:
+    """The methods of a run in the order in which they are applied: by site, the weights first."""
+    return tuple(build(spec) for spec in sorted(specs, key=lambda one: SITES.index(one.site)))
+
+
+__all__ = ["IMPLEMENTATIONS", "apply_all", "build", "build_all"]

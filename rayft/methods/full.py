@@ -9,7 +9,7 @@ learning rates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -21,13 +21,11 @@ from transformers import PreTrainedModel
 from rayft.config.methods import FullSpec
 from rayft.core.errors import ConfigError, StorageError
 from rayft.core.params import full_shape
-from rayft.core.protocols import ParamGroup
+from rayft.core.protocols import Delta, FullParams, ParamGroup
 
 
 class Full:
     """See the head of this file."""
-
-    keeps_base = False
 
     def __init__(self, spec: FullSpec) -> None:
         self.spec = spec
@@ -49,9 +47,23 @@ class Full:
         groups = [ParamGroup("decay", decay), ParamGroup("no_decay", rest, decay=False)]
         return [group for group in groups if group.params]
 
+    def kept(self, model: nn.Module) -> dict[str, Tensor]:
+        """Nothing: all that there is trains."""
+        return {}
+
+    def before(self, step: int, full: FullParams) -> None:
+        """Nothing to do."""
+
+    def deltas(self, model: nn.Module) -> Iterator[Delta]:
+        """None that could be had without the base's weights, which are overwritten."""
+        return iter(())
+
     def off(self, model: nn.Module) -> AbstractContextManager[None]:
         """Never: the base is overwritten."""
         raise ConfigError("full fine-tuning keeps no base model to go back to")
+
+    def merge(self, model: PreTrainedModel) -> None:
+        """The weights are the model's own already."""
 
     def export(self, model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
         """`save_pretrained` layout from config, `state` and the model's buffers; the weights of the

@@ -17,15 +17,15 @@ Left out: adapters on embeddings and on tied heads, biases, per-layer ranks; DoR
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rayft.config.methods import LoraSpec
 from rayft.core.errors import ConfigError, StorageError
-from rayft.core.protocols import ParamGroup
+from rayft.core.protocols import FullParams, ParamGroup
 from rayft.methods.full import reopened_tensors
 
 ADAPTER = "default"  # peft's own name for the first adapter
@@ -42,10 +42,32 @@ ALL_LINEAR = "all-linear"
 WEIGHTS = "adapter_model.safetensors"
 
 
+@dataclass(frozen=True)
+class LoraDelta:
+    """s B A of one layer (core.protocols.Delta)."""
+
+    name: str
+    a: Tensor  # (r, i)
+    b: Tensor  # (o, r)
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.scaling * self.b, self.a
+
+    def norm_sq(self) -> Tensor:
+        """s^2 tr((A A^T)(B^T B)): r x r work."""
+        return self.scaling**2 * ((self.a @ self.a.T) * (self.b.T @ self.b)).sum()
+
+    def dense(self) -> Tensor:
+        return self.scaling * (self.b @ self.a)
+
+
 class Lora:
     """See the head of this file."""
-
-    keeps_base = True
 
     def __init__(self, spec: LoraSpec) -> None:
         self.spec = spec
@@ -75,7 +97,11 @@ class Lora:
             task_type="CAUSAL_LM",
             base_model_name_or_path=model.name_or_path,
         )
-        _inject(model, config)
+        inject_adapter_in_model(config, model, ADAPTER)
+        for name, param in model.named_parameters():
+            # As PeftModel does (autocast_adapter_dtype): half precision would lose small updates.
+            if ".lora_" in name and param.dtype in (torch.float16, torch.bfloat16):
+                param.data = param.data.float()
         named = list(model.named_parameters())
         groups = [
             ParamGroup("lora_A", _params(named, ".lora_A.")),
@@ -83,6 +109,24 @@ class Lora:
             ParamGroup("lora_magnitude", _params(named, ".lora_magnitude_vector."), decay=False),
         ]
         return [group for group in groups if group.params]
+
+    def kept(self, model: nn.Module) -> dict[str, Tensor]:
+        """Nothing: what is not the base's own trains."""
+        return {}
+
+    def before(self, step: int, full: FullParams) -> None:
+        """Nothing to do."""
+
+    def deltas(self, model: nn.Module) -> Iterator[LoraDelta]:
+        """s B A of every adapted layer; nothing with DoRA, which also scales W itself."""
+        if self.spec.dora:
+            return
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoraLayer):
+                # torch: an attribute of a module is Tensor | Module
+                a = cast(Tensor, layer.lora_A[ADAPTER].weight)
+                b = cast(Tensor, layer.lora_B[ADAPTER].weight)
+                yield LoraDelta(f"{name}.weight", a, b, layer.scaling[ADAPTER])
 
     @contextmanager
     def off(self, model: nn.Module) -> Generator[None]:
@@ -95,6 +139,19 @@ class Lora:
         finally:
             for layer in layers:
                 layer.enable_adapters(True)
+
+    def merge(self, model: PreTrainedModel) -> None:
+        """W <- W + s B A (or DoRA's W') in float32, rounded once to the base's dtype; adapters
+        gone."""
+        for name, layer in list(model.named_modules()):
+            if not (isinstance(layer, LoraLayer) and isinstance(layer, nn.Module)):
+                continue
+            base = layer.get_base_layer()
+            dtype = cast(Tensor, base.weight).dtype  # torch: an attribute is Tensor | Module
+            layer.float()
+            layer.merge(safe_merge=True)
+            model.set_submodule(name, base.to(dtype))
+        del model.peft_config
 
     def export(self, model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
         """adapter_config.json and adapter_model.safetensors as `PeftModel.from_pretrained` reads
@@ -155,48 +212,6 @@ def check_targets(model: PreTrainedModel, targets: str | tuple[str, ...]) -> Non
                 "LoRA on this output head could not be merged: its weight is also the embedding",
                 fix="leave the head out of targets",
             )
-
-
-def load_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Inject the adapter of a hub-layout folder into its base model.
-
-    Raises:
-        StorageError: the file's names are not those of the adapter.
-    """
-    config = LoraConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise StorageError(f"{folder} holds an adapter that is no LoRA")
-    config.inference_mode = False
-    _inject(model, config)
-    tensors = reopened_tensors(folder / WEIGHTS)
-    stripped = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    result = set_peft_model_state_dict(model, stripped, adapter_name=ADAPTER)
-    missing = [name for name in result.missing_keys if ".lora_" in name]
-    if result.unexpected_keys or missing:
-        odd = (list(result.unexpected_keys) + missing)[0]
-        raise StorageError(f"{folder / WEIGHTS} does not fit the model: {odd}")
-    model.requires_grad_(False)
-
-
-def merge_adapters(model: PreTrainedModel) -> None:
-    """W <- W + s B A (or DoRA's W') in float32, rounded once to the base's dtype; adapters gone."""
-    for name, layer in list(model.named_modules()):
-        if not (isinstance(layer, LoraLayer) and isinstance(layer, nn.Module)):
-            continue
-        base = layer.get_base_layer()
-        dtype = cast(Tensor, base.weight).dtype  # torch: an attribute is Tensor | Module
-        layer.float()
-        layer.merge(safe_merge=True)
-        model.set_submodule(name, base.to(dtype))
-    del model.peft_config
-
-
-def _inject(model: PreTrainedModel, config: LoraConfig) -> None:
-    inject_adapter_in_model(config, model, ADAPTER)
-    for name, param in model.named_parameters():
-        # As PeftModel does (autocast_adapter_dtype): half precision would lose small updates.
-        if ".lora_" in name and param.dtype in (torch.float16, torch.bfloat16):
-            param.data = param.data.float()
 
 
 def _is_int8(model: PreTrainedModel) -> bool:

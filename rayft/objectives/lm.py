@@ -8,12 +8,8 @@ of sums in nats; the loop divides once by the global token count. Left out: z-lo
 
 from __future__ import annotations
 
-from rayft.config.objectives import LmSpec
 from rayft.objectives.base import NextToken
 
 
 class Lm(NextToken):
     """See the head of this file."""
-
-    def __init__(self, spec: LmSpec) -> None:
-        self.spec = spec

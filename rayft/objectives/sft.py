@@ -9,12 +9,8 @@ writes IGNORE elsewhere. Every token weighs the same whatever the length of its 
 
 from __future__ import annotations
 
-from rayft.config.objectives import SftSpec
 from rayft.objectives.base import NextToken
 
 
 class Sft(NextToken):
     """See the head of this file."""
-
-    def __init__(self, spec: SftSpec) -> None:
-        self.spec = spec

@@ -89,10 +89,10 @@ class DdpEngine:
     def forward(self, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows of the step module: {term: (B,)}."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            if self._ddp is None or not torch.is_grad_enabled():
-                return self._step(batch.tensors(), batch.packed, dict(scale))
+            if self._ddp is None:
+                return self._step(batch.inputs(), dict(scale))
             with self._ddp.no_sync():
-                return self._ddp(batch.tensors(), batch.packed, dict(scale))
+                return self._ddp(batch.inputs(), dict(scale))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`; at `last` sum them over ranks."""
@@ -126,6 +126,11 @@ class DdpEngine:
         """Parameters and optimizer state from any shards."""
         load = slices.load_adam if self._optim.kind == "adamw" else slices.load_bit8
         load(self._named, self._optimizer, reader)
+
+    def measure(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the objective measures; inside `evaluating`."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self._step(batch.inputs(), None)
 
     @contextmanager
     def evaluating(self) -> Generator[None]:

@@ -103,10 +103,8 @@ def _refuse_nvme() -> None:
 
 
 def _environment(device: torch.device) -> None:
-    """The process group DeepSpeed will reuse, and what it reads from the environment.
-
-    A worker comes with its process group; one process alone gets a group of one rank.
-    """
+    """The process group that DeepSpeed will reuse (a process alone gets one of one rank), and what
+    it reads from the environment."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     if not dist.is_initialized():
@@ -240,7 +238,11 @@ class ZeroEngine:
 
     def forward(self, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows of the step module: {term: (B,)}."""
-        return self._engine(batch.tensors(), batch.packed, dict(scale))
+        return self._engine(batch.inputs(), dict(scale))
+
+    def measure(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the objective measures; inside `evaluating`."""
+        return self._engine(batch.inputs(), None)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`, summed over ranks; any number of micro-batches per step."""
@@ -279,8 +281,7 @@ class ZeroEngine:
         return self._state.shard()
 
     def load(self, reader: ShardReader) -> None:
-        """Master, moments and step from any shards; then the working weights from the master.
-        Collective."""
+        """Master, moments and step from any shards, then the working weights; collective."""
         self._state.load(reader)
 
     @contextmanager

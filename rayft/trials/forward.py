@@ -2,22 +2,21 @@
 
     loss_n = sum over rows b of trial n of  sums[b] / (what trial n counts in its step)
 
-Each trial's micro-batch keeps its rows; shorter ones are padded on the right to the longest, which
-neither attention nor the loss sees.
+Each trial's micro-batch keeps its rows; shorter ones are padded on the right to the longest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rayft.compose.step import TrainStep
-from rayft.core.batch import IGNORE, Batch
+from rayft.core.batch import Batch, joined_batch
 from rayft.core.protocols import Objective
 from rayft.core.reduce import scales, trial_losses
 from rayft.models.policy import CausalPolicy
@@ -88,7 +87,12 @@ class PackedModel:
     def forward(self, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows of the step module: {term: (B,)}."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-            return self.step(batch.tensors(), batch.packed, dict(scale))
+            return self.step(batch.inputs(), dict(scale))
+
+    def measure(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the objective measures; inside `evaluating`."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self.step(batch.inputs(), None)
 
     @contextmanager
     def evaluating(self) -> Generator[None]:
@@ -125,16 +129,6 @@ class PackedModel:
         masks = {} if self._recomputes else None
         return batch, BatchLayout(first, batch.input_ids.shape[1], tuple(segments), masks), parts
 
-    def run(
-        self, batch: Batch, layout: BatchLayout, scale: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Rows of a batch of trials: {term: (B,)}."""
-        self._current.layout = layout
-        try:
-            return self.forward(batch, scale)
-        finally:
-            self._current.layout = None
-
     def train(
         self, parts: Sequence[TrialBatch], totals: Mapping[TrialAdapter, Tensor]
     ) -> dict[TrialAdapter, Tensor]:
@@ -158,50 +152,28 @@ class PackedModel:
         shares = losses.detach().double()
         return {part.adapter: shares[index] for index, part in enumerate(parts)}
 
-    def sums(self, adapters: Sequence[TrialAdapter], batch: Batch) -> Tensor:
-        """(terms, trials, B) float64 on the CPU: sums of every row of `batch` under each trial's
-        adapter. Call it inside `evaluating`."""
+    def measure_trials(
+        self, adapters: Sequence[TrialAdapter], batch: Batch
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """{name: (sums, counts), each (trials, B)}: what the objective measures of every row of
+        `batch` under each trial's adapter. Call it inside `evaluating`."""
         parts = [TrialBatch(adapter, batch, _NOBODY) for adapter in adapters]
         joined, layout, parts = self.arranged(parts)
-        joined = joined.to(self.device)
-        ones = torch.ones(joined.rows, device=self.device)
-        found = self.run(joined, layout, dict.fromkeys(self.objective.terms, ones))
+        self._current.layout = layout
+        try:
+            found = self.measure(joined.to(self.device))
+        finally:
+            self._current.layout = None
         place = {part.adapter: index for index, part in enumerate(parts)}
         order = [place[adapter] for adapter in adapters]
-        stacked = torch.stack([found[term] for term in self.objective.terms])
-        return stacked.view(len(found), len(adapters), -1).to("cpu", torch.float64)[:, order]
+        trials = len(adapters)
+        return {
+            name: (sums.view(trials, -1)[order], counts.view(trials, -1)[order])
+            for name, (sums, counts) in found.items()
+        }
 
 
 _NOBODY = torch.Generator()  # nothing is drawn in evaluations
-
-
-def joined_batch(batches: Sequence[Batch]) -> Batch:
-    """One batch; `trial` is the number of the batch a row comes from."""
-    length = max(batch.input_ids.shape[1] for batch in batches)
-    wide = [_widened(batch, length) for batch in batches]
-    fields = {
-        name: torch.cat([batch.tensors()[name] for batch in wide]) for name in batches[0].tensors()
-    }
-    trial = torch.repeat_interleave(
-        torch.arange(len(batches)), torch.tensor([batch.rows for batch in batches])
-    )
-    return Batch(**{**fields, "trial": trial}, packed=any(batch.packed for batch in batches))
-
-
-def _widened(batch: Batch, length: int) -> Batch:
-    """Padding on the right, one more document where rows are packed (see data/collate.py)."""
-    have = batch.input_ids.shape[1]
-    more = length - have
-    if more == 0:
-        return batch
-    pad = torch.nn.functional.pad
-    rest = torch.arange(more) if batch.packed else torch.arange(have, length)
-    return replace(
-        batch,
-        input_ids=pad(batch.input_ids, (0, more)),
-        labels=pad(batch.labels, (0, more), value=IGNORE),
-        position_ids=torch.cat([batch.position_ids, rest.expand(batch.rows, -1)], dim=1),
-    )
 
 
 def _refuse_dropout(model: PreTrainedModel) -> None:

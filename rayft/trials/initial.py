@@ -87,7 +87,7 @@ def fresh_adapter(template: PreTrainedModel, run: Run) -> FreshAdapter:
         raise ConfigError(f"{run.name} is no LoRA run, so it cannot join a pack")
     spec = run.methods[0]
     model = shared_copy(template)
-    chosen = tuple(methods.build(one) for one in run.methods)
+    chosen = methods.build_all(run.methods)
     groups = tuple(methods.apply_all(model, chosen, seed=run.seed))
     facts = model_facts(model)
     params = dict(model.named_parameters())

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-
-from rayft.compose.evaluate import evaluate, metrics_of
+from rayft.compose.evaluate import EvalTally, evaluate
 from rayft.core.batch import Batch
-from rayft.core.reduce import counts
 from rayft.trials.forward import PackedModel
 from rayft.trials.rank_bucket import TrialAdapter
 
@@ -29,18 +26,12 @@ class HeldOut:
 
     def score(self, model: PackedModel, adapters: Sequence[TrialAdapter]) -> list[dict[str, float]]:
         """Of every trial of `adapters`."""
-        objective, tasks = model.objective, len(self.tasks)
-        terms = len(objective.terms)
-        sums = torch.zeros(len(adapters), terms, tasks, dtype=torch.float64)
-        totals = torch.zeros(terms, tasks, dtype=torch.float64)
+        tally = EvalTally(model.objective, self.tasks, trials=len(adapters))
         with model.evaluating():
             for batch in self.batches:
-                by_task = replace(batch, trial=batch.task)  # the reduction groups by trial
-                totals += counts(objective, [by_task], trials=tasks)
                 # never more at once than training, which keeps activations too
                 fit = max(1, model.most_tokens // batch.input_ids.numel())
                 for first in range(0, len(adapters), fit):
-                    found = model.sums(adapters[first : first + fit], batch)  # (terms, trials, B)
-                    part = sums[first : first + fit]
-                    part.index_add_(2, batch.task, found.transpose(0, 1))
-        return [metrics_of(one, totals, self.tasks) for one in sums]
+                    some = adapters[first : first + fit]
+                    tally.add(model.measure_trials(some, batch), batch.task, first)
+        return [tally.metrics(index) for index in range(len(adapters))]

@@ -118,8 +118,8 @@ def test_resume_needs_the_step_alone():
     fresh = stream(packing=True, weights=(0.5, 1.25))
     for step in (39, 17, 1):
         for one, other in zip(fresh.window(step, 1, 2), series[step - 1], strict=True):
-            for name, tensor in one.tensors().items():
-                assert torch.equal(tensor, other.tensors()[name])
+            for name, tensor in one.inputs()[0].items():
+                assert torch.equal(tensor, other.inputs()[0][name])
 
 
 def test_seed_and_epoch_change_the_order():

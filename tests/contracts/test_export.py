@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rayft.compose.export import check_vllm, merge_adapter, write_model_card
+from rayft.compose.export import check_vllm, merge_run, write_model_card
 from rayft.config.methods import LoraSpec
 from rayft.config.run import ModelSpec, Run
 from rayft.core.errors import ConfigError
@@ -39,8 +39,9 @@ def folder(tmp_path_factory):
     return path
 
 
-def adapter(folder, out, spec: LoraSpec, quant: str) -> ModelSpec:
-    """A random trained adapter on a (quantised) base."""
+def trained_adapter(folder, spec: LoraSpec, quant: str, out=None) -> tuple[Run, dict]:
+    """A run with a random trained adapter on a (quantised) base, and its trained parameters; also
+    exported to `out`."""
     base = ModelSpec(path=str(folder), quant=quant)
     model = load_model(base, device="cpu", seed=0)
     method = build(spec)
@@ -48,8 +49,11 @@ def adapter(folder, out, spec: LoraSpec, quant: str) -> ModelSpec:
     for param in groups[1].params:
         torch.nn.init.normal_(param, std=0.05)
     state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    method.export(model, state, out)
-    return base
+    if out is not None:
+        method.export(model, state, out)
+    data = {"train": [{"path": "corpus.jsonl"}]}
+    run = Run(name="merge", model=base, methods=(spec,), data=data, train={"steps": 3})
+    return run, state
 
 
 @pytest.mark.parametrize("spec", [LoraSpec(rank=4), LoraSpec(rank=4, dora=True)])
@@ -57,9 +61,8 @@ def adapter(folder, out, spec: LoraSpec, quant: str) -> ModelSpec:
     ("quant", "cpu_reading"), [("none", None), ("nf4", 0), ("nf4", 1)], indirect=["cpu_reading"]
 )
 def test_merge_into_the_unquantised_base(spec, quant, cpu_reading, folder, tmp_path):
-    base = adapter(folder, tmp_path / "adapter", spec, quant)
-    tokens = load_tokenizer(base)
-    report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", tokens)
+    run, state = trained_adapter(folder, spec, quant)
+    report = merge_run(run, state, tmp_path / "merged", load_tokenizer(run.model))
     assert report.rounding.max_abs < 1e-4 and abs(report.rounding.kl) < 1e-8
     if quant == "none":
         assert report.trained == report.rounding
@@ -76,8 +79,8 @@ def test_merge_into_the_unquantised_base(spec, quant, cpu_reading, folder, tmp_p
 def test_merge_keeps_the_dtype_of_the_stored_base(tmp_path):
     llama().bfloat16().save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
-    base = adapter(tmp_path / "base", tmp_path / "adapter", LoraSpec(rank=4), "none")
-    report = merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", load_tokenizer(base))
+    run, state = trained_adapter(tmp_path / "base", LoraSpec(rank=4), "none")
+    report = merge_run(run, state, tmp_path / "merged", load_tokenizer(run.model))
     assert report.dtype == "bf16"
     assert 0 < report.rounding.kl < 1e-2
 
@@ -93,14 +96,14 @@ def test_merge_keeps_the_dtype_of_the_stored_base(tmp_path):
     ],
 )
 def test_vllm_check(spec, words, folder, tmp_path):
-    adapter(folder, tmp_path, spec, "none")
+    trained_adapter(folder, spec, "none", tmp_path)
     reasons = check_vllm(tmp_path)
     assert len(reasons) == len(words)
     assert all(word in reason for word, reason in zip(words, reasons, strict=True))
 
 
 def test_vllm_check_sees_biases_and_saved_modules(folder, tmp_path):
-    adapter(folder, tmp_path, LoraSpec(rank=8), "none")
+    trained_adapter(folder, LoraSpec(rank=8), "none", tmp_path)
     file = tmp_path / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"bias": "all", "modules_to_save": ["lm_head"]}))

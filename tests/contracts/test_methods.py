@@ -12,7 +12,7 @@ from peft import PeftModel
 from rayft.config.methods import FullSpec, LoraSpec, MethodSpec
 from rayft.config.run import ModelSpec
 from rayft.core.errors import ConfigError, StorageError
-from rayft.methods import IMPLEMENTATIONS, apply_all, build, load_adapter
+from rayft.methods import IMPLEMENTATIONS, apply_all, build, build_all
 from rayft.models.load import load_model, model_facts
 from rayft.models.policy import CausalPolicy
 from tests.small import batch, llama, saved_llama
@@ -100,8 +100,8 @@ def test_only_declared_parameters_move(name, base, cpu_reading, folder):
     step(model, groups)
     moved = [not torch.equal(old, new) for old, new in zip(start, declared, strict=True)]
     assert all(moved)
-    assert (digest(originals) == before) == method.keeps_base
-    if method.keeps_base:
+    assert (digest(originals) == before) == ROWS[name][0].keeps_base
+    if ROWS[name][0].keeps_base:
         assert not torch.equal(logits(model), clean)
         with method.off(model):
             assert torch.equal(logits(model), clean)
@@ -126,9 +126,6 @@ def test_export_reopens_to_the_same_logits(name, base, cpu_reading, folder, tmp_
         )
         assert torch.equal(logits(again), expected)
         return
-    again = load_model(spec, device="cpu", seed=0)
-    load_adapter(again, tmp_path / "export")
-    assert torch.equal(logits(again), expected)
     plain = load_model(spec, device="cpu", seed=0)
     by_peft = PeftModel.from_pretrained(plain, str(tmp_path / "export"))
     assert torch.equal(logits(by_peft), expected)
@@ -161,6 +158,44 @@ def test_export_refuses_what_was_not_gathered(spec, tmp_path):
     del whole[first]
     with pytest.raises(StorageError, match="has no"):
         method.export(model, whole, tmp_path / "missing")
+
+
+@pytest.mark.parametrize("spec", [LoraSpec(rank=4), LoraSpec(rank=3, alpha=7.5, rslora=True)])
+def test_deltas_are_what_the_adapters_add(spec):
+    model, method = llama(), build(spec)
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    groups = apply_all(model, [method])
+    for param in groups[1].params:
+        torch.nn.init.normal_(param, std=0.05)
+    deltas = {delta.name: delta for delta in method.deltas(model)}
+    method.merge(model)  # through peft
+    after = dict(model.named_parameters())
+    assert len(deltas) == 2 * 7 and before.keys() == after.keys()
+    for name, delta in deltas.items():
+        assert delta.shape == tuple(before[name].shape)
+        left, right = delta.factors()
+        torch.testing.assert_close(after[name], before[name] + delta.dense())
+        torch.testing.assert_close(left @ right, delta.dense())
+        torch.testing.assert_close(delta.norm_sq(), delta.dense().square().sum())
+    assert list(build(LoraSpec(dora=True)).deltas(llama())) == []
+    assert spec.deltas and not LoraSpec(dora=True).deltas
+
+
+def test_methods_are_applied_by_site():
+    kinds = [type(one).__name__ for one in build_all((LoraSpec(), FullSpec()))]
+    assert kinds == ["Full", "Lora"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_merging_gives_the_same_logits(name):
+    spec = ROWS[name][0]
+    model, method = llama(), build(spec)
+    step(model, apply_all(model, [method]))
+    expected = logits(model)
+    assert spec.merges
+    method.merge(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    assert not any("lora" in key for key in model.state_dict())
 
 
 def test_adapters_are_fp32_on_a_bf16_base_and_do_not_depend_on_global_state(folder):

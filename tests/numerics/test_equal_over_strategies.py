@@ -175,7 +175,7 @@ def test_torch_adamw_and_transformers_schedule_give_the_same_parameters() -> Non
     scheduler = get_scheduler("cosine", optimizer, int(OPTIM.warmup), STEPS)
     for number in range(1, STEPS + 1):
         [batch], count = batches(number, 0, 1, ROWS)
-        loss = step(batch.tensors(), False, {})["nll"].sum() / count
+        loss = step(batch.inputs(), {})["nll"].sum() / count
         loss.backward()
         torch.nn.utils.clip_grad_norm_(step.parameters(), OPTIM.clip)
         optimizer.step()
