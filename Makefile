@@ -1,4 +1,4 @@
-# make setup | quickstart | test | checks | format | chaos | gpu | clean
+# make setup | quickstart | test | checks | format | chaos | gpu | grid | clean
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := torch==2.13.0
@@ -7,7 +7,7 @@ THREADS := OMP_NUM_THREADS=1
 # Test processes: three where there are four cores. A file stays in one process (it shares its fixtures).
 WORKERS := $(shell [ $$(nproc) -ge 4 ] && echo 3 || echo 2)
 
-.PHONY: setup dev quickstart test checks format chaos gpu clean
+.PHONY: setup dev quickstart test checks format chaos gpu grid clean
 setup: .venv/.installed
 dev: .venv/.dev
 
@@ -50,6 +50,10 @@ chaos: dev
 WHEELS ?=
 gpu:
 	@WHEELS="$(WHEELS)" $$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) experiments/gpu/run.py $(GPU)
+
+# Every combination of the menu trains or is refused: one line each.
+grid: dev
+	@$(THREADS) $(BIN)/python -m tests.grid
 
 format: dev
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

@@ -66,6 +66,10 @@ class LoraSpec(MethodTraits):
     def deltas(self) -> bool:
         return not self.dora
 
+    @property
+    def reads_base(self) -> bool:
+        return self.dora
+
     def quant_refusals(self) -> Mapping[Quant, str]:
         if not self.dora:
             return {}

@@ -52,6 +52,16 @@ def _moves_base(run: Run) -> bool:
 METHOD_RULES: tuple[Rule, ...] = (
     Rule(lambda run: bool(_unfit(run)), lambda run: _unfit(run).format(run=run), "model.quant"),
     Rule(
+        lambda run: (
+            run.model.quant == "nf4"
+            and run.strategy.shards == 3
+            and any(method.reads_base for method in run.methods)
+        ),
+        "dora reads the base's weights, and 4-bit ones that ZeRO stage 3 has cut are lost when "
+        "they are read; use strategy.stage: 2, model.quant: none, or dora: false",
+        "strategy.stage",
+    ),
+    Rule(
         _crowded,
         lambda run: (
             f"{_claims_all(run)} trains every weight, so no method can stand beside it; keep "

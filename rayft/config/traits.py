@@ -49,6 +49,11 @@ class MethodTraits(Spec):
         it."""
         return False
 
+    @property
+    def reads_base(self) -> bool:
+        """Its forward pass reads the weights that it adapts, not only what they compute."""
+        return False
+
     def quant_refusals(self) -> Mapping[Quant, str]:
         """{model.quant: why this spec cannot train on such a base, and what to do}."""
         return {}

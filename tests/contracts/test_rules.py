@@ -58,6 +58,27 @@ CASES: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
         ],
     ),
     (
+        "are lost when they are read",
+        {
+            "methods": [LORA | {"dora": True}],
+            "model": {"quant": "nf4"},
+            "strategy": {"kind": "zero", "stage": 3},
+        },
+        [
+            {
+                "methods": [LORA | {"dora": True}],
+                "model": {"quant": "nf4"},
+                "strategy": {"kind": "zero", "stage": 2},
+            },
+            {"methods": [LORA | {"dora": True}], "strategy": {"kind": "zero", "stage": 3}},
+            {
+                "methods": [LORA],
+                "model": {"quant": "nf4"},
+                "strategy": {"kind": "zero", "stage": 3},
+            },
+        ],
+    ),
+    (
         "would freeze that noise",
         {"model": {"init": "random", "quant": "nf4"}},
         [{"model": {"init": "random"}}, {"model": {"quant": "nf4"}}],
