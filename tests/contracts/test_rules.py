@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 from rayft.config import rules
 from rayft.config.load import load
+from rayft.config.methods import MethodSpec
 from rayft.config.run import Run
+from rayft.config.support import kinds, method_table, methods, objective_table
 from rayft.config.technique_rules import OBJECTIVE_RULES
 from rayft.config.traits import MethodTraits, ObjectiveTraits, Reads, Site
 from rayft.core.errors import ConfigError
@@ -269,6 +272,12 @@ def test_every_rule_has_an_example_and_a_key_that_exists() -> None:
         for key in rule.key.split("."):
             assert key in value, rule.key
             value = value[key]
+
+
+def test_the_readme_has_the_tables_that_traits_and_rules_give() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert method_table() in readme and objective_table() in readme
+    assert {one.kind for one in methods().values()} == {s().kind for s in kinds(MethodSpec)}
 
 
 def test_sentences_are_short_filled_in_and_say_what_to_do() -> None:
