@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -19,6 +18,7 @@ from rayft.compose.step import PREFIX
 from rayft.core.errors import StorageError
 from rayft.core.process import temporary
 from rayft.core.shards import PARAM
+from rayft.records.run_progress import RunProgress
 from rayft.records.run_record import RunRecord
 from rayft.storage.folder import Storage
 
@@ -79,8 +79,7 @@ def make_export(built: BuiltModel, record: RunRecord, commit: Commit, folder: Pa
 
 def record_at(record: RunRecord, commit: Commit) -> RunRecord:
     """`record` as it stood when `commit` was saved: its numbers, not those of a later step."""
-    then = commit.extra(0)["progress"]
-    return replace(record, steps=commit.step, tokens=then["tokens"], eval=then["eval"])
+    return record.advanced(RunProgress.from_json(commit.extra(0)["progress"]))
 
 
 def copy_out(folder: Path, target: Storage) -> None:

@@ -13,7 +13,8 @@ import pytest
 from pyarrow.fs import LocalFileSystem
 
 from rayft.records.ledger import LEDGER, LedgerContents, LedgerTrial, fold, read_ledger, sound
-from rayft.records.run_record import BestEvaluation, RunRecord
+from rayft.records.run_progress import BestEvaluation
+from rayft.records.run_record import RunRecord
 from rayft.records.series import METRICS, gaps, read_series
 from rayft.records.series import sound as of_a_series
 from rayft.report import build
