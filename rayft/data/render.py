@@ -175,7 +175,8 @@ class ExampleRenderer:
             return len(whole)
         until = self._apply(chat, index + 1, generation=False)
         # some templates close what they take for the whole conversation with eos (Phi-3)
-        for prefix in (until, until.removesuffix(cast(str, self.tokenizer.eos_token))):
+        eos = cast(str, self.tokenizer.eos_token)  # a list only where tokens are asked for together
+        for prefix in (until, until.removesuffix(eos)):
             if whole.startswith(prefix):
                 return len(prefix)
         said = chat.messages[index]["content"].strip()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from rayft.storage.folder import Storage
 from rayft.storage.jsonl import read_jsonl, read_log
@@ -21,10 +20,10 @@ def key_of(row: Mapping[str, object]) -> Key | None:
     return step, split, str(row.get("task") or "")
 
 
-def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def latest(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     """Rows by step, then in the order of their first line. A step logged again after a resume
     replaces the earlier row; rows without a step are left out."""
-    kept: dict[Key, dict[str, Any]] = {}
+    kept: dict[Key, dict[str, object]] = {}
     for row in rows:
         key = key_of(row)
         if key is not None:
@@ -32,7 +31,7 @@ def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [kept[key] for key in sorted(kept, key=lambda key: key[0])]
 
 
-def read_series(run: Storage, path: str = METRICS) -> list[dict[str, Any]]:
+def read_series(run: Storage, path: str = METRICS) -> list[dict[str, object]]:
     """`latest` of a run's metrics; [] when nothing was logged."""
     return latest(read_jsonl(run, path, sound))
 
@@ -62,4 +61,5 @@ def base_of(run: Storage) -> dict[str, float]:
     """The base model's evaluation, {"eval_loss": ...}, from the line of step 0; {} where it is
     gone, and for a clone, whose donor was evaluated."""
     first = (r for r in read_series(run) if r["step"] == 0 and r.get("split") == "eval")
-    return {k: float(v) for k, v in next(first, {}).items() if k.startswith("eval_")}
+    found = next(first, {}).items()
+    return {k: float(v) for k, v in found if k.startswith("eval_") and isinstance(v, int | float)}

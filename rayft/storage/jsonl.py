@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from rayft.storage.backends import open_for_append
 from rayft.storage.folder import Storage
@@ -141,7 +141,7 @@ def read_log(storage: Storage, path: str, sound: Sound = everything) -> SealedLo
     return read_lines((storage.read_bytes(part) for part in _parts(storage, path)), sound)
 
 
-def read_jsonl(storage: Storage, path: str, sound: Sound = everything) -> list[dict[str, Any]]:
+def read_jsonl(storage: Storage, path: str, sound: Sound = everything) -> list[dict[str, object]]:
     """The rows of `read_log`; damage is logged."""
     found = read_log(storage, path, sound)
     if found.damage:
