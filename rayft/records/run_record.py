@@ -42,9 +42,8 @@ class RunRecord:
     tokens: int = 0
     params_total: int = 0
     params_trainable: int = 0
-    eval: dict[str, float] = field(
-        default_factory=dict
-    )  # last evaluation, e.g. {"eval_loss": 2.1, "eval_ppl": 8.2}
+    eval: dict[str, float] = field(default_factory=dict)
+    """Last evaluation, e.g. {"eval_loss": 2.1, "eval_ppl": 8.2}."""
     base: dict[str, float] = field(default_factory=dict)  # the same before the first step
     best: BestEvaluation | None = None
     seconds: float = 0.0
@@ -53,9 +52,8 @@ class RunRecord:
     error: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     hardware: Mapping[str, object] = field(default_factory=dict)
-    data: Mapping[str, object] = field(
-        default_factory=dict
-    )  # rows, tokens, cut, dropped, bad; per source
+    data: Mapping[str, object] = field(default_factory=dict)
+    """By split: rows, tokens, cut, dropped, bad, in total and per source."""
 
     def advanced(self, progress: RunProgress, size: RunSize | None = None) -> RunRecord:
         """With how far the run has come, and how large it is where that is known; status, error
