@@ -23,7 +23,7 @@ from rayft.config.run import Run
 from rayft.core.protocols import Engine
 from rayft.models.quiet import hush
 from rayft.records.run_progress import RunProgress
-from rayft.records.run_record import RunRecord, stored
+from rayft.records.run_record import RunRecord, stored_record
 from rayft.storage.folder import Storage
 
 
@@ -102,7 +102,7 @@ def _record(
     """What the model card tells: the driver's record, with this attempt's results."""
     run = parts.run  # its record may be damaged; the driver writes it again when this is told
     first = RunRecord(run.name, "running", job.config, job.digest, job.data_hash, run.seed)
-    record = (stored(storage) or first).advanced(progress, parts.size)
+    record = (stored_record(storage) or first).advanced(progress, parts.size)
     return replace(record, status="done", seconds=progress.seconds)
 
 

@@ -26,7 +26,7 @@ from rayft.core.errors import PermanentStorageError, StorageError
 from rayft.core.protocols import Engine
 from rayft.core.shards import StateShard
 from rayft.records.run_progress import BestEvaluation, RunProgress
-from rayft.records.series import METRICS, gaps
+from rayft.records.series import METRICS, missing_lines
 from rayft.storage.folder import Storage
 from rayft.storage.jsonl import LineAppender
 from rayft.storage.lease import LeaseWatch
@@ -135,7 +135,7 @@ class RunSession(Generic[EngineT]):
         self.take(commit)
         self.writer.parent = commit.name
         if self.metrics is not None:
-            for text in gaps(self.storage, commit.extra(0).get("lines", 0)):
+            for text in missing_lines(self.storage, commit.extra(0).get("lines", 0)):
                 self._warn(commit.step, text)
         return commit
 

@@ -146,11 +146,11 @@ class Ledger:
 
 def read_ledger(storage: Storage) -> LedgerContents:
     """The ledger below `storage`; an empty one where there is none."""
-    found = read_log(storage, LEDGER, sound)
+    found = read_log(storage, LEDGER, is_ledger_row)
     return fold(found.rows, LedgerContents(damage=found.damage))
 
 
-def sound(row: Mapping[str, object]) -> bool:
+def is_ledger_row(row: Mapping[str, object]) -> bool:
     """Whether a row is one of a trial or of a pack, with all that `fold` needs."""
     if not _is_number(row.get("time")) or not isinstance(row.get("trial", row.get("pack")), str):
         return False

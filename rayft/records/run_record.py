@@ -83,7 +83,7 @@ class RunRecord:
         return _from_json(text, RunRecord)
 
 
-def stored(run: Storage) -> RunRecord | None:
+def stored_record(run: Storage) -> RunRecord | None:
     """run.json of the run in this folder; None where it is gone, or damaged, which is logged."""
     try:
         return RunRecord.from_json(run.read_bytes("run.json"))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rayft.storage.folder import Storage
 from rayft.storage.jsonl import read_jsonl, read_log
-from rayft.storage.sealed import told
+from rayft.storage.sealed import damage_sentence
 
 METRICS = "metrics.jsonl"
 Key = tuple[int, str, str]
@@ -20,7 +20,7 @@ def key_of(row: Mapping[str, object]) -> Key | None:
     return step, split, str(row.get("task") or "")
 
 
-def latest(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+def latest_rows(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     """Rows by step, then in the order of their first line. A step logged again after a resume
     replaces the earlier row; rows without a step are left out."""
     kept: dict[Key, dict[str, object]] = {}
@@ -32,24 +32,24 @@ def latest(rows: list[dict[str, object]]) -> list[dict[str, object]]:
 
 
 def read_series(run: Storage, path: str = METRICS) -> list[dict[str, object]]:
-    """`latest` of a run's metrics; [] when nothing was logged."""
-    return latest(read_jsonl(run, path, sound))
+    """`latest_rows` of a run's metrics; [] when nothing was logged."""
+    return latest_rows(read_jsonl(run, path, is_series_row))
 
 
-def gaps(run: Storage, lines: int) -> list[str]:
+def missing_lines(run: Storage, lines: int) -> list[str]:
     """What a run's metrics have lost, a sentence each.
 
     Args:
         lines: that there were when the run was saved.
     """
-    found, place = read_log(run, METRICS, sound), run.shown(METRICS)
-    said = [told(place, found.damage)] if found.damage else []
+    found, place = read_log(run, METRICS, is_series_row), run.shown(METRICS)
+    said = [damage_sentence(place, found.damage)] if found.damage else []
     if found.last < lines:
         said.append(f"{place} has {found.last} of the {lines} lines it had: its curve has a gap")
     return said
 
 
-def sound(row: Mapping[str, object]) -> bool:
+def is_series_row(row: Mapping[str, object]) -> bool:
     """Whether a row is one of a series: it has a step and a loss, one per split and task."""
     need = ("loss", "eval_loss") if row.get("split") == "eval" else ("loss",)
     return key_of(dict(row)) is not None and all(

@@ -50,7 +50,7 @@ class SealedLog:
     last: int = 0  # number of the last line
 
 
-def told(path: str, damage: tuple[DamagedLines, ...]) -> str:
+def damage_sentence(path: str, damage: tuple[DamagedLines, ...]) -> str:
     """`2 lines of trials.jsonl are damaged and not used: line 14 (t0003), line 20`; "" without."""
     if not damage:
         return ""
@@ -76,12 +76,12 @@ def number_of(line: bytes) -> int | None:
     return int(body.rpartition(b'"line":')[2])
 
 
-def everything(row: Mapping[str, object]) -> bool:
+def any_row(row: Mapping[str, object]) -> bool:
     """The Sound of a reader that takes any row."""
     return True
 
 
-def read_lines(parts: Iterable[bytes], sound: Sound = everything) -> SealedLog:
+def read_lines(parts: Iterable[bytes], sound: Sound = any_row) -> SealedLog:
     """A whole log from its parts.
 
     Lines written before there were checksums count as long as no line with one came before them.

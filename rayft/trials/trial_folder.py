@@ -8,7 +8,7 @@ from dataclasses import replace
 from rayft.checkpoint.reader import names, remove
 from rayft.compose.job import AttemptJob
 from rayft.config.run import Run
-from rayft.records.run_record import RunRecord, stored
+from rayft.records.run_record import RunRecord, stored_record
 from rayft.storage.folder import Storage
 
 RECORD = "run.json"
@@ -25,7 +25,7 @@ def trial_record(
 ) -> RunRecord:
     """run.json as it stands, or the first one; the attempt counted."""
     first = RunRecord(run.name, "running", run.resolved(), job.digest, seed=run.seed)
-    fresh = stored(storage) or first  # a damaged one: the commits know the trial's state
+    fresh = stored_record(storage) or first  # a damaged one: the commits know the trial's state
     return replace(
         fresh,
         config=run.resolved(),
