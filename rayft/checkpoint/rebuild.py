@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rayft.checkpoint.folders import FOLDER, committed, last_attempt
+from rayft.checkpoint.folders import FOLDER, committed_names, last_attempt
 from rayft.checkpoint.manifest import BadCommit
 from rayft.checkpoint.reader import load_commit
 from rayft.config.run import Run
@@ -23,7 +23,7 @@ def rebuilt(home: Storage, run: Run) -> RunRecord:
     """
     fresh = RunRecord(run.name, "running", run.resolved(), run.digest(), seed=run.seed)
     fresh = replace(fresh, attempts=last_attempt(home))
-    for name in committed(home):
+    for name in committed_names(home):
         try:
             commit = load_commit(home, name, verify=False)
         except BadCommit:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from rayft import __version__
+from rayft.checkpoint.folders import folder_names
 from rayft.checkpoint.manifest import (
     COMMIT,
     FOLDER,
@@ -24,11 +25,11 @@ from rayft.checkpoint.manifest import (
     Manifest,
     failed_name,
     folder_name,
+    folder_order,
     manifest_name,
-    order,
     shard_name,
 )
-from rayft.checkpoint.reader import gather, names, retain
+from rayft.checkpoint.reader import gather_hashes, retain_commits
 from rayft.checkpoint.shard_file import Index, StagingBuffer, index_of, write_shard
 from rayft.core.background import in_background
 from rayft.core.errors import PermanentStorageError, RayftError, StorageError
@@ -93,7 +94,7 @@ class CheckpointWriter:
     ) -> None:
         self._run, self._rank, self._world, self._keep = run, rank, world, keep
         self._attempt, self._config, self._deadline = str(attempt), config, deadline
-        if order(folder_name(0, self._attempt)) is None:
+        if folder_order(folder_name(0, self._attempt)) is None:
             raise ValueError(f"attempt {attempt!r} must be digits, then letters or digits")
         self._staging = StagingBuffer()
         self._saving: Future[None] | None = None
@@ -227,8 +228,8 @@ class CheckpointWriter:
         folder = self._folder(job)
         _hit(folder, "checkpoint.gather")
         patience = PATIENCE + 10 * self._took if self._deadline is None else self._deadline
-        hashes = gather(folder, job.step, self._attempt, self._world, patience)
-        newer = [name for name in names(self._run) if self._is_newer(name)]
+        hashes = gather_hashes(folder, job.step, self._attempt, self._world, patience)
+        newer = [name for name in folder_names(self._run) if self._is_newer(name)]
         if newer:  # nothing of this attempt will be committed any more
             raise PermanentStorageError(
                 f"{newer[0]} belongs to a newer attempt of this run; attempt {self._attempt} stops",
@@ -249,13 +250,13 @@ class CheckpointWriter:
         self.parent = folder_name(job.step, self._attempt)
 
     def _is_newer(self, name: str) -> bool:
-        mine, theirs = order(folder_name(0, self._attempt)), order(name)
+        mine, theirs = folder_order(folder_name(0, self._attempt)), folder_order(name)
         return mine is not None and theirs is not None and theirs[1] > mine[1]
 
     def _retain(self, job: _SaveJob) -> None:
         try:
             failpoints.hit("checkpoint.committed")
-            retain(self._run, self._attempt, job.step, self._keep)
+            retain_commits(self._run, self._attempt, job.step, self._keep)
         except (OSError, RayftError) as error:  # the commit stands; the next save deletes again
             log.warning("old checkpoints were not deleted: %s", error)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rayft.checkpoint.manifest import BadCommit, order
-from rayft.checkpoint.reader import Commit, find_commit, load_commit, names
+from rayft.checkpoint.manifest import BadCommit, folder_order
+from rayft.checkpoint.reader import Commit, find_commit, folder_names, load_commit
 from rayft.checkpoint.shard_file import CommitShards
 from rayft.compose.assemble import BuiltModel
 from rayft.compose.export import write_model_card
@@ -54,7 +54,9 @@ def choose_commit(storage: Storage, record: RunRecord, step: int | None = None) 
     """
     wanted = [record.best.checkpoint] if record.best is not None else []
     if step is not None:
-        wanted = [name for name in names(storage) if (order(name) or (None,))[0] == step]
+        wanted = [
+            name for name in folder_names(storage) if (folder_order(name) or (None,))[0] == step
+        ]
     for name in wanted:
         try:
             return load_commit(storage, name)
@@ -62,7 +64,7 @@ def choose_commit(storage: Storage, record: RunRecord, step: int | None = None) 
             log.warning("checkpoint %s is not used: %s", name, error)
     found = None if step is not None else find_commit(storage, set_bad_aside=False)
     if found is None:
-        kept = ", ".join(names(storage)) or "none"
+        kept = ", ".join(folder_names(storage)) or "none"
         what = "no committed checkpoint" if step is None else f"no checkpoint of step {step}"
         raise StorageError(what, where=storage.shown(), fix=f"kept are: {kept}")
     return found

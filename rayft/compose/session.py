@@ -13,9 +13,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from rayft.checkpoint.folders import all_damaged, damaged, give_up
+from rayft.checkpoint.folders import all_damaged, damaged_names, give_up
 from rayft.checkpoint.manifest import folder_name
-from rayft.checkpoint.reader import Commit, donated, find_commit, load_commit
+from rayft.checkpoint.reader import Commit, donated_commit, find_commit, load_commit
 from rayft.checkpoint.writer import REFUSED, CheckpointWriter
 from rayft.compose.assemble import EngineT, RunParts
 from rayft.compose.evaluate import evaluate
@@ -159,7 +159,7 @@ class RunSession(Generic[EngineT]):
         """
         folder, name = above(source)
         donor = Storage.open(above(folder)[0])
-        chosen = decided_by_rank0(lambda: donated(donor, name), self.rank, self.world)
+        chosen = decided_by_rank0(lambda: donated_commit(donor, name), self.rank, self.world)
         commit = load_commit(donor, chosen, verify=False)  # rank 0 has just verified it
         self.take(commit)
         self.progress.best = None
@@ -173,7 +173,7 @@ class RunSession(Generic[EngineT]):
         commit = find_commit(self.storage)
         if commit is not None:
             return commit.name, []
-        bad = damaged(self.storage)
+        bad = damaged_names(self.storage)
         if bad and not self.job.insist:
             give_up(self.storage)
             self._warn(0, f"all checkpoints are damaged ({', '.join(bad)}): begun again at step 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from rayft.checkpoint.folders import last_attempt, names, set_aside
+from rayft.checkpoint.folders import folder_names, last_attempt, set_aside
 from rayft.config.run import Run
 from rayft.config.space import applied
 from rayft.core.errors import ConfigError
@@ -62,7 +62,7 @@ def _unknown(home: Storage, run: Run, name: str) -> Iterator[MissingLine]:
         trial = LedgerTrial(name, params, "running", 0, (), 0.0, 0.0)
         yield from list(_end(folder, trial)) or [MissingLine(name, "running", 0, params)]
         return
-    for checkpoint in names(folder):
+    for checkpoint in folder_names(folder):
         set_aside(folder, checkpoint, "nobody knows the settings of this trial any more")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from rayft.checkpoint.reader import names, remove
+from rayft.checkpoint.reader import folder_names, remove_commit
 from rayft.compose.job import AttemptJob
 from rayft.config.run import Run
 from rayft.records.run_record import RunRecord, stored_record
@@ -16,8 +16,8 @@ RECORD = "run.json"
 
 def delete_checkpoints(storage: Storage) -> None:
     """Delete every checkpoint of a run."""
-    for name in names(storage):
-        remove(storage, name)
+    for name in folder_names(storage):
+        remove_commit(storage, name)
 
 
 def trial_record(

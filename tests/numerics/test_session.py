@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rayft.checkpoint.folders import names, order
+from rayft.checkpoint.folders import folder_names, folder_order
 from rayft.checkpoint.reader import find_commit
 from rayft.compose.assemble import assemble
 from rayft.compose.data import open_corpus, prepare_data
@@ -242,7 +242,7 @@ def done(finished, tmp_path) -> tuple[Run, Path]:
 
 
 def commits(home: Path) -> list[str]:
-    return [name for name in names(Storage.open(str(home)))]
+    return [name for name in folder_names(Storage.open(str(home)))]
 
 
 RECORDS = {
@@ -282,7 +282,7 @@ def test_attempts_are_numbered_behind_the_checkpoints(done):
     (home / "run.json").unlink()
     record = train(run)
     assert (record.status, record.attempts) == ("done", 8)
-    assert [order(name)[:2] for name in commits(home)] == [(4, 8), (2, 1)]
+    assert [folder_order(name)[:2] for name in commits(home)] == [(4, 8), (2, 1)]
 
 
 def test_commits_of_another_config_are_refused_without_run_json(done):
