@@ -24,30 +24,33 @@ def folder_name(step: int, attempt: str) -> str:
     return f"step-{step}-{attempt}"
 
 
-def order(name: str) -> tuple[int, int, str] | None:
+def folder_order(name: str) -> tuple[int, int, str] | None:
     """(step, attempt number, rest of the attempt) of a checkpoint's folder; None: not one."""
     match = _NAME.fullmatch(name)
     return (int(match[1]), int(match[2]), match[3]) if match else None
 
 
-def names(run: Storage) -> list[str]:
+def folder_names(run: Storage) -> list[str]:
     """Checkpoint folders, committed or not, newest first (by step, then attempt)."""
-    found = [entry.name for entry in run.list(FOLDER) if entry.folder and order(entry.name)]
-    return sorted(found, key=lambda name: order(name) or (), reverse=True)
+    found = [entry.name for entry in run.list(FOLDER) if entry.folder and folder_order(entry.name)]
+    return sorted(found, key=lambda name: folder_order(name) or (), reverse=True)
 
 
-def committed(run: Storage) -> list[str]:
+def committed_names(run: Storage) -> list[str]:
     """Those that may be used, newest first."""
     return [
         name
-        for name in names(run)
+        for name in folder_names(run)
         if run.exists(f"{FOLDER}/{name}/{COMMIT}") and not run.exists(f"{FOLDER}/{name}/{BAD}")
     ]
 
 
 def last_attempt(run: Storage) -> int:
     """The highest number of an attempt that has left a folder, good or bad; 0 without one."""
-    return max(((order(name) or (0, 0))[1] for name in [*names(run), *_moved(run)]), default=0)
+    return max(
+        ((folder_order(name) or (0, 0))[1] for name in [*folder_names(run), *_moved(run)]),
+        default=0,
+    )
 
 
 def set_aside(run: Storage, name: str, reason: str) -> None:
@@ -64,20 +67,20 @@ def set_aside(run: Storage, name: str, reason: str) -> None:
         log.warning("could not set %s aside: %s", name, error)
 
 
-def damaged(run: Storage) -> list[str]:
+def damaged_names(run: Storage) -> list[str]:
     """Commits that were set aside as bad, newest first, without those that were given up."""
-    marked = [name for name in names(run) if run.exists(f"{FOLDER}/{name}/{BAD}")]
+    marked = [name for name in folder_names(run) if run.exists(f"{FOLDER}/{name}/{BAD}")]
     found = {*_moved(run), *marked} - _given_up(run)
-    return sorted(found, key=lambda name: order(name) or (), reverse=True)
+    return sorted(found, key=lambda name: folder_order(name) or (), reverse=True)
 
 
 def give_up(run: Storage) -> list[str]:
     """Set every checkpoint of the run aside, so that it begins at step 0; their names. Nothing is
     deleted."""
-    for name in names(run):
+    for name in folder_names(run):
         if not run.exists(f"{FOLDER}/{name}/{BAD}"):
             set_aside(run, name, "the run was started again with --restart")
-    gone = sorted({*_moved(run), *names(run)} - _given_up(run))
+    gone = sorted({*_moved(run), *folder_names(run)} - _given_up(run))
     if gone:
         every = sorted({*gone, *_given_up(run)})
         run.write_text(f"{FOLDER}/{ASIDE}/{RESTARTED}", json.dumps({"checkpoints": every}) + "\n")
@@ -96,7 +99,7 @@ def all_damaged(run: Storage, bad: list[str]) -> DamagedError:
 
 
 def _moved(run: Storage) -> list[str]:
-    return [e.name for e in run.list(f"{FOLDER}/{ASIDE}") if e.folder and order(e.name)]
+    return [e.name for e in run.list(f"{FOLDER}/{ASIDE}") if e.folder and folder_order(e.name)]
 
 
 def _given_up(run: Storage) -> set[str]:

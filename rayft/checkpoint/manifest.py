@@ -17,10 +17,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rayft.checkpoint.folders import BAD, COMMIT, FOLDER, folder_name, order
+from rayft.checkpoint.folders import BAD, COMMIT, FOLDER, folder_name, folder_order
 from rayft.checkpoint.shard_file import Index
 
-__all__ = ["BAD", "COMMIT", "FOLDER", "folder_name", "order"]
+__all__ = ["BAD", "COMMIT", "FOLDER", "folder_name", "folder_order"]
 
 _SEAL = re.compile(rb',"sha256":"([0-9a-f]{64})"}\n')
 _SEAL_BYTES = 78

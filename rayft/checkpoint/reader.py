@@ -18,10 +18,10 @@ from rayft.checkpoint.folders import (
     BAD,
     COMMIT,
     FOLDER,
-    committed,
+    committed_names,
     folder_name,
-    names,
-    order,
+    folder_names,
+    folder_order,
     set_aside,
 )
 from rayft.checkpoint.manifest import (
@@ -125,7 +125,7 @@ def find_commit(run: Storage, *, set_bad_aside: bool = True) -> Commit | None:
 
     A bad one is set aside with a warning that names the file, and the one before it is tried.
     """
-    for name in committed(run):
+    for name in committed_names(run):
         try:
             return load_commit(run, name)
         except BadCommit as error:
@@ -135,7 +135,9 @@ def find_commit(run: Storage, *, set_bad_aside: bool = True) -> Commit | None:
     return None
 
 
-def gather(folder: Storage, step: int, attempt: str, world: int, deadline: float) -> list[FileHash]:
+def gather_hashes(
+    folder: Storage, step: int, attempt: str, world: int, deadline: float
+) -> list[FileHash]:
     """Hashes of all ranks' manifests, when they and their whole shards are on storage.
 
     Args:
@@ -181,7 +183,7 @@ def _vouch(folder: Storage, name: str, rank: int, world: int, sizes: Mapping[str
     return hash_of(data)
 
 
-def retain(run: Storage, attempt: str, step: int, keep: int) -> None:
+def retain_commits(run: Storage, attempt: str, step: int, keep: int) -> None:
     """Delete what is no longer needed after `step` of `attempt` was committed.
 
     Kept: that one, the newest max(keep, 2) commits, and the newest that was the best so far.
@@ -190,12 +192,12 @@ def retain(run: Storage, attempt: str, step: int, keep: int) -> None:
     """
     this = folder_name(step, attempt)
     good, best = [], None
-    for name in names(run):
+    for name in folder_names(run):
         if run.exists(f"{FOLDER}/{name}/{BAD}"):
             continue
         if not run.exists(f"{FOLDER}/{name}/{COMMIT}"):
             if _is_over(name, this):
-                remove(run, name)
+                remove_commit(run, name)
             continue
         try:
             record = CommitRecord.from_bytes(_read(run.child(FOLDER, name), COMMIT))
@@ -206,18 +208,18 @@ def retain(run: Storage, attempt: str, step: int, keep: int) -> None:
             best = name
     for name in good:
         if name not in {this, best, *good[: max(keep, 2)]}:
-            remove(run, name)
+            remove_commit(run, name)
 
 
 def _is_over(name: str, this: str) -> bool:
     """Whether nobody writes `name` any more, now that `this` is committed."""
-    place, mine = order(name), order(this)
+    place, mine = folder_order(name), folder_order(this)
     if place is None or mine is None:
         return False
     return place[1] < mine[1] or (place[1:] == mine[1:] and place[0] < mine[0])
 
 
-def remove(run: Storage, name: str) -> None:
+def remove_commit(run: Storage, name: str) -> None:
     """Delete a checkpoint: first what declares it valid, then the rest."""
     failpoints.hit("checkpoint.uncommit")
     run.delete(f"{FOLDER}/{name}/{COMMIT}")
@@ -241,7 +243,7 @@ def _read(folder: Storage, name: str) -> bytes:
         raise BadCommit(f"{name} is missing") from error
 
 
-def donated(donor: Storage, name: str) -> str:
+def donated_commit(donor: Storage, name: str) -> str:
     """`name` where it verifies, else the newest commit of the run `donor`.
 
     Raises:

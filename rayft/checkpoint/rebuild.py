@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rayft.checkpoint.folders import FOLDER, committed, last_attempt
+from rayft.checkpoint.folders import FOLDER, committed_names, last_attempt
 from rayft.checkpoint.manifest import BadCommit
 from rayft.checkpoint.reader import load_commit
 from rayft.config.run import Run
 from rayft.core.errors import ConfigError
-from rayft.records.run_record import BestEvaluation, RunRecord
+from rayft.records.run_progress import RunProgress
+from rayft.records.run_record import RunRecord
 from rayft.storage.folder import Storage
 
 
@@ -22,7 +23,7 @@ def rebuilt(home: Storage, run: Run) -> RunRecord:
     """
     fresh = RunRecord(run.name, "running", run.resolved(), run.digest(), seed=run.seed)
     fresh = replace(fresh, attempts=last_attempt(home))
-    for name in committed(home):
+    for name in committed_names(home):
         try:
             commit = load_commit(home, name, verify=False)
         except BadCommit:
@@ -35,16 +36,11 @@ def rebuilt(home: Storage, run: Run) -> RunRecord:
                 fix="put the config back to continue the run, or choose another name",
             )
         extra = commit.extra(0)
-        then = extra["progress"]
+        progress = RunProgress.from_json(extra["progress"])
         return replace(
-            fresh,
+            fresh.advanced(progress),
             status="interrupted",
             data_hash=extra["data_hash"],
-            steps=commit.step,
-            tokens=then["tokens"],
-            eval=then["eval"],
-            base=then["base"],
-            best=None if then["best"] is None else BestEvaluation(**then["best"]),
-            seconds=then["seconds"],
+            seconds=progress.seconds,
         )
     return fresh

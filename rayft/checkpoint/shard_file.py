@@ -13,9 +13,9 @@ import hashlib
 import json
 import math
 import mmap
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 from torch import Tensor
 
+from rayft.core.background import in_background
 from rayft.core.errors import StorageError
 from rayft.core.process import temporary
 from rayft.core.shards import StateShard
@@ -179,13 +180,13 @@ def write_shard(storage: Storage, path: str, staging: StagingBuffer) -> WrittenS
             failpoints.hit("checkpoint.shard.close")
 
     start = time.perf_counter()
-    hasher = threading.Thread(target=hash_all, name="shard-hash", daemon=True)
-    hasher.start()
+    hashed = in_background(hash_all, "shard-hash")
     try:
         storage.attempt("write", path, write_all)
         written = time.perf_counter()
     finally:
-        hasher.join()  # it reads the staging buffer, which the next save fills again
+        wait([hashed])  # it reads the staging buffer, which the next save fills again
+    hashed.result()
     waited = time.perf_counter() - written
     return WrittenShard(staging.size, digest.hexdigest(), written - start, waited)
 

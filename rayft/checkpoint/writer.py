@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 import torch
 
 from rayft import __version__
+from rayft.checkpoint.folders import folder_names
 from rayft.checkpoint.manifest import (
     COMMIT,
     FOLDER,
@@ -24,12 +25,13 @@ from rayft.checkpoint.manifest import (
     Manifest,
     failed_name,
     folder_name,
+    folder_order,
     manifest_name,
-    order,
     shard_name,
 )
-from rayft.checkpoint.reader import gather, names, retain
+from rayft.checkpoint.reader import gather_hashes, retain_commits
 from rayft.checkpoint.shard_file import Index, StagingBuffer, index_of, write_shard
+from rayft.core.background import in_background
 from rayft.core.errors import PermanentStorageError, RayftError, StorageError
 from rayft.core.shards import StateShard
 from rayft.storage import failpoints
@@ -92,10 +94,10 @@ class CheckpointWriter:
     ) -> None:
         self._run, self._rank, self._world, self._keep = run, rank, world, keep
         self._attempt, self._config, self._deadline = str(attempt), config, deadline
-        if order(folder_name(0, self._attempt)) is None:
+        if folder_order(folder_name(0, self._attempt)) is None:
             raise ValueError(f"attempt {attempt!r} must be digits, then letters or digits")
         self._staging = StagingBuffer()
-        self._thread: threading.Thread | None = None
+        self._saving: Future[None] | None = None
         self._error: RayftError | None = None
         self._unreported: RayftError | None = None
         self._took = 0.0  # seconds for this rank's part of the last save
@@ -122,7 +124,7 @@ class CheckpointWriter:
             best: the best so far; kept until a later save is.
         """
         start = time.perf_counter()
-        if self._thread is not None and self._thread.is_alive():
+        if self._saving is not None and not self._saving.done():
             self.stats.waited += 1
         self._join(None)
         if step != self._committed:
@@ -130,10 +132,7 @@ class CheckpointWriter:
             self._staging.fill(shard)
             job = _SaveJob(step, best, index_of(shard), dict(shard.scalars), json.dumps({**extra}))
             self.stats.saves += 1
-            name = f"checkpoint-step-{step}"
-            # A daemon: storage that hangs must not keep a finished process alive.
-            self._thread = threading.Thread(target=self._main, args=(job,), name=name, daemon=True)
-            self._thread.start()
+            self._saving = in_background(lambda: self._main(job), f"checkpoint-step-{step}")
         self.stats.stall_seconds += time.perf_counter() - start
 
     @property
@@ -176,12 +175,12 @@ class CheckpointWriter:
             raise self._error
 
     def _join(self, timeout: float | None) -> bool:
-        if self._thread is None:
+        if self._saving is None:
             return True
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        if wait([self._saving], timeout).not_done:
             return False
-        self._thread = None
+        self._saving.result()  # its errors are kept by `_fail`; anything else must not pass unseen
+        self._saving = None
         return True
 
     def _main(self, job: _SaveJob) -> None:
@@ -228,9 +227,9 @@ class CheckpointWriter:
         """Rank 0: wait for all manifests, check, declare the folder valid."""
         folder = self._folder(job)
         _hit(folder, "checkpoint.gather")
-        wait = PATIENCE + 10 * self._took if self._deadline is None else self._deadline
-        hashes = gather(folder, job.step, self._attempt, self._world, wait)
-        newer = [name for name in names(self._run) if self._is_newer(name)]
+        patience = PATIENCE + 10 * self._took if self._deadline is None else self._deadline
+        hashes = gather_hashes(folder, job.step, self._attempt, self._world, patience)
+        newer = [name for name in folder_names(self._run) if self._is_newer(name)]
         if newer:  # nothing of this attempt will be committed any more
             raise PermanentStorageError(
                 f"{newer[0]} belongs to a newer attempt of this run; attempt {self._attempt} stops",
@@ -251,13 +250,13 @@ class CheckpointWriter:
         self.parent = folder_name(job.step, self._attempt)
 
     def _is_newer(self, name: str) -> bool:
-        mine, theirs = order(folder_name(0, self._attempt)), order(name)
+        mine, theirs = folder_order(folder_name(0, self._attempt)), folder_order(name)
         return mine is not None and theirs is not None and theirs[1] > mine[1]
 
     def _retain(self, job: _SaveJob) -> None:
         try:
             failpoints.hit("checkpoint.committed")
-            retain(self._run, self._attempt, job.step, self._keep)
+            retain_commits(self._run, self._attempt, job.step, self._keep)
         except (OSError, RayftError) as error:  # the commit stands; the next save deletes again
             log.warning("old checkpoints were not deleted: %s", error)
 

@@ -52,7 +52,7 @@ def ask(table: TokenTable, tokenizer: PreTrainedTokenizerBase, count: int) -> li
         questions.append(
             HeldOutPrompt(
                 cast(str, tokenizer.decode(ids[:start])),  # a list only for a batch
-                cast(str, tokenizer.decode(ids[start:end], skip_special_tokens=True)),
+                cast(str, tokenizer.decode(ids[start:end], skip_special_tokens=True)),  # as above
             )
         )
     return questions

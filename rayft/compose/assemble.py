@@ -4,7 +4,7 @@ here."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayft import methods, objectives, strategies
 from rayft.compose.data import Corpus
-from rayft.compose.loop import LoopProgress
 from rayft.compose.step import TrainStep
 from rayft.config.run import Run
 from rayft.core.batch import Batch
@@ -23,7 +22,7 @@ from rayft.data.stream import EvalSet, TrainStream
 from rayft.models.load import check_vocabulary, load_model, model_facts
 from rayft.models.policy import CausalPolicy
 from rayft.models.tokenizer import load_tokenizer, pad_id
-from rayft.records.run_record import BestEvaluation, RunRecord
+from rayft.records.run_progress import RunSize
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,11 @@ class RunParts(Generic[EngineT]):
     params_total: int
     params_trainable: int
     kept: Mapping[str, Tensor] = field(default_factory=dict)  # on CPU; see Method.kept
+
+    @property
+    def size(self) -> RunSize:
+        """As records tell it."""
+        return RunSize(self.steps, self.params_total, self.params_trainable)
 
     def lrs(self, step: int) -> Mapping[str, float]:
         """Learning rate by group name at a 1-based step."""
@@ -160,18 +164,3 @@ def held_out(
         return ()
     size, pad = run.train.eval_batch or run.train.micro_batch, pad_id(built.tokenizer)
     return tuple(EvalSet(corpus.eval, size, pad, limit).batches(rank, world))
-
-
-def advanced(record: RunRecord, parts: RunParts[EngineT], progress: LoopProgress) -> RunRecord:
-    """`record` with how far the run has come; status, error and seconds are the caller's."""
-    return replace(
-        record,
-        steps=progress.step,
-        steps_total=parts.steps,
-        tokens=progress.tokens,
-        params_total=parts.params_total,
-        params_trainable=parts.params_trainable,
-        eval=progress.eval,
-        base=progress.base,
-        best=None if progress.best is None else BestEvaluation(**progress.best),
-    )

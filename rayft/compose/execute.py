@@ -12,17 +12,18 @@ import torch
 import torch.distributed as dist
 
 from rayft.compose.arithmetic import settled
-from rayft.compose.assemble import RunParts, advanced, assemble
+from rayft.compose.assemble import RunParts, assemble
 from rayft.compose.data import open_corpus
 from rayft.compose.gradient_check import GradientCheck
 from rayft.compose.job import AttemptJob, AttemptOutcome, DriverSignals, ProgressEvent
-from rayft.compose.loop import LoopHooks, LoopProgress, StepRunner, StepSchedule, train
+from rayft.compose.loop import LoopHooks, StepRunner, StepSchedule, train
 from rayft.compose.publish import EXPORT, choose_commit, publish
 from rayft.compose.session import RunSession, peak_memory
 from rayft.config.run import Run
 from rayft.core.protocols import Engine
 from rayft.models.quiet import hush
-from rayft.records.run_record import RunRecord, stored
+from rayft.records.run_progress import RunProgress
+from rayft.records.run_record import RunRecord, stored_record
 from rayft.storage.folder import Storage
 
 
@@ -84,7 +85,7 @@ def _begin(job: AttemptJob, session: RunSession[Engine], schedule: StepSchedule)
     session.save(session.progress.step, session.progress.best is not None)
 
 
-def _started(parts: RunParts[Engine], progress: LoopProgress) -> ProgressEvent:
+def _started(parts: RunParts[Engine], progress: RunProgress) -> ProgressEvent:
     return ProgressEvent(
         "start",
         progress.step,
@@ -96,29 +97,22 @@ def _started(parts: RunParts[Engine], progress: LoopProgress) -> ProgressEvent:
 
 
 def _record(
-    job: AttemptJob, storage: Storage, parts: RunParts[Engine], progress: LoopProgress
+    job: AttemptJob, storage: Storage, parts: RunParts[Engine], progress: RunProgress
 ) -> RunRecord:
     """What the model card tells: the driver's record, with this attempt's results."""
     run = parts.run  # its record may be damaged; the driver writes it again when this is told
     first = RunRecord(run.name, "running", job.config, job.digest, job.data_hash, run.seed)
-    record = advanced(stored(storage) or first, parts, progress)
+    record = (stored_record(storage) or first).advanced(progress, parts.size)
     return replace(record, status="done", seconds=progress.seconds)
 
 
 def _outcome(status: str, session: RunSession[Engine]) -> AttemptOutcome:
-    parts, progress = session.parts, session.progress
     return AttemptOutcome(
         status=status,
-        step=progress.step,
-        steps_total=parts.steps,
-        tokens=progress.tokens,
-        eval=progress.eval,
-        base=progress.base,
-        best=progress.best,
+        progress=session.progress,
+        size=session.parts.size,
         peak_memory=_largest(peak_memory(session.device), session.device),
         seconds=time.monotonic() - session.began,
-        params_total=parts.params_total,
-        params_trainable=parts.params_trainable,
     )
 
 

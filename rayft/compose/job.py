@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
+
+from rayft.records.run_progress import RunProgress, RunSize
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -16,7 +18,8 @@ class PreparedData:
 
     uri: str  # of the cache
     hash: str  # of what was tokenised; names the tables in the cache
-    stats: dict[str, Any] = field(default_factory=dict)  # rows, tokens, cut, dropped, bad; by split
+    stats: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By split: rows, tokens, cut, dropped, bad (TokenTable.summary)."""
     bad_rows: bytes = b""  # bad_rows.jsonl
 
 
@@ -40,16 +43,10 @@ class AttemptOutcome:
     """What an attempt came to; the same on every rank."""
 
     status: str  # "done" | "interrupted"
-    step: int
-    steps_total: int
-    tokens: int  # trained targets so far, over all attempts
-    eval: dict[str, float] = field(default_factory=dict)  # last evaluation
-    base: dict[str, float] = field(default_factory=dict)  # evaluation before the first step
-    best: dict[str, Any] | None = None  # {"step", "metric", "checkpoint"}
+    progress: RunProgress
+    size: RunSize
     peak_memory: int = 0  # bytes, largest over ranks
     seconds: float = 0.0  # of this attempt, start-up included
-    params_total: int = 0
-    params_trainable: int = 0
 
 
 EventKind = Literal["start", "step", "eval", "save", "warn", "note", "export"]

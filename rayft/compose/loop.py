@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,18 +20,7 @@ from rayft.core.batch import Batch
 from rayft.core.errors import DivergedError
 from rayft.core.protocols import BatchStream, Engine, Method, Objective
 from rayft.core.reduce import counts, reduce_rows, scales, sum_over_ranks
-
-
-@dataclass
-class LoopProgress:
-    """Where a run stands; saved with every checkpoint, JSON only."""
-
-    step: int = 0
-    tokens: int = 0  # trained targets
-    seconds: float = 0.0  # wall clock over all attempts, up to `step`
-    base: dict[str, float] = field(default_factory=dict)
-    eval: dict[str, float] = field(default_factory=dict)
-    best: dict[str, Any] | None = None
+from rayft.records.run_progress import RunProgress
 
 
 @dataclass(frozen=True)
@@ -148,7 +136,7 @@ class LoopHooks:
 
 
 def train(
-    stepper: StepRunner, schedule: StepSchedule, progress: LoopProgress, hooks: LoopHooks
+    stepper: StepRunner, schedule: StepSchedule, progress: RunProgress, hooks: LoopHooks
 ) -> str:
     """Run from progress.step to the end; "done" or "interrupted". Both leave a saved state
     behind."""

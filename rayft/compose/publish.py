@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from rayft.checkpoint.manifest import BadCommit, order
-from rayft.checkpoint.reader import Commit, find_commit, load_commit, names
+from rayft.checkpoint.manifest import BadCommit, folder_order
+from rayft.checkpoint.reader import Commit, find_commit, folder_names, load_commit
 from rayft.checkpoint.shard_file import CommitShards
 from rayft.compose.assemble import BuiltModel
 from rayft.compose.export import write_model_card
@@ -19,6 +18,7 @@ from rayft.compose.step import PREFIX
 from rayft.core.errors import StorageError
 from rayft.core.process import temporary
 from rayft.core.shards import PARAM
+from rayft.records.run_progress import RunProgress
 from rayft.records.run_record import RunRecord
 from rayft.storage.folder import Storage
 
@@ -54,7 +54,9 @@ def choose_commit(storage: Storage, record: RunRecord, step: int | None = None) 
     """
     wanted = [record.best.checkpoint] if record.best is not None else []
     if step is not None:
-        wanted = [name for name in names(storage) if (order(name) or (None,))[0] == step]
+        wanted = [
+            name for name in folder_names(storage) if (folder_order(name) or (None,))[0] == step
+        ]
     for name in wanted:
         try:
             return load_commit(storage, name)
@@ -62,7 +64,7 @@ def choose_commit(storage: Storage, record: RunRecord, step: int | None = None) 
             log.warning("checkpoint %s is not used: %s", name, error)
     found = None if step is not None else find_commit(storage, set_bad_aside=False)
     if found is None:
-        kept = ", ".join(names(storage)) or "none"
+        kept = ", ".join(folder_names(storage)) or "none"
         what = "no committed checkpoint" if step is None else f"no checkpoint of step {step}"
         raise StorageError(what, where=storage.shown(), fix=f"kept are: {kept}")
     return found
@@ -79,8 +81,7 @@ def make_export(built: BuiltModel, record: RunRecord, commit: Commit, folder: Pa
 
 def record_at(record: RunRecord, commit: Commit) -> RunRecord:
     """`record` as it stood when `commit` was saved: its numbers, not those of a later step."""
-    then = commit.extra(0)["progress"]
-    return replace(record, steps=commit.step, tokens=then["tokens"], eval=then["eval"])
+    return record.advanced(RunProgress.from_json(commit.extra(0)["progress"]))
 
 
 def copy_out(folder: Path, target: Storage) -> None:

@@ -13,20 +13,21 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from rayft.checkpoint.folders import all_damaged, damaged, give_up
+from rayft.checkpoint.folders import all_damaged, damaged_names, give_up
 from rayft.checkpoint.manifest import folder_name
-from rayft.checkpoint.reader import Commit, donated, find_commit, load_commit
+from rayft.checkpoint.reader import Commit, donated_commit, find_commit, load_commit
 from rayft.checkpoint.writer import REFUSED, CheckpointWriter
 from rayft.compose.assemble import EngineT, RunParts
 from rayft.compose.evaluate import evaluate
 from rayft.compose.job import AttemptJob, DriverSignals, EventKind, ProgressEvent
 from rayft.compose.kept import check_kept, stored_kept
-from rayft.compose.loop import LoopProgress, StepResult, StepSchedule
+from rayft.compose.loop import StepResult, StepSchedule
 from rayft.core.address import above
 from rayft.core.errors import PermanentStorageError, StorageError
 from rayft.core.protocols import Engine
 from rayft.core.shards import StateShard
-from rayft.records.series import METRICS, gaps
+from rayft.records.run_progress import BestEvaluation, RunProgress
+from rayft.records.series import METRICS, missing_lines
 from rayft.storage.folder import Storage
 from rayft.storage.jsonl import LineAppender
 from rayft.storage.lease import LeaseWatch
@@ -97,7 +98,7 @@ class RunSession(Generic[EngineT]):
     storage: Storage  # of the run
     signals: DriverSignals
     began: float  # time.monotonic() when this attempt started
-    progress: LoopProgress = field(default_factory=LoopProgress)
+    progress: RunProgress = field(default_factory=RunProgress)
     earlier: float = 0.0  # seconds of the attempts before this one
     told: int = -1  # step of the last save that the driver knows of
     drawing: RandomGenerators | None = None  # default: this process's own
@@ -135,7 +136,7 @@ class RunSession(Generic[EngineT]):
         self.take(commit)
         self.writer.parent = commit.name
         if self.metrics is not None:
-            for text in gaps(self.storage, commit.extra(0).get("lines", 0)):
+            for text in missing_lines(self.storage, commit.extra(0).get("lines", 0)):
                 self._warn(commit.step, text)
         return commit
 
@@ -146,7 +147,7 @@ class RunSession(Generic[EngineT]):
             self.parts.engine.load(reader)
             saved = reader.whole(self.rank) if self.rank < commit.world else {}
             self.generators.restore(saved, fresh_seed(self.parts.run.seed, self.rank, commit.step))
-        self.progress = LoopProgress(**commit.extra(0)["progress"])
+        self.progress = RunProgress.from_json(commit.extra(0)["progress"])
         self.earlier = self.progress.seconds
 
     def clone(self, source: str, schedule: StepSchedule) -> Commit:
@@ -158,13 +159,13 @@ class RunSession(Generic[EngineT]):
         """
         folder, name = above(source)
         donor = Storage.open(above(folder)[0])
-        chosen = decided_by_rank0(lambda: donated(donor, name), self.rank, self.world)
+        chosen = decided_by_rank0(lambda: donated_commit(donor, name), self.rank, self.world)
         commit = load_commit(donor, chosen, verify=False)  # rank 0 has just verified it
         self.take(commit)
         self.progress.best = None
         if schedule.evaluates(commit.step) and self.progress.eval:
             own, loss = folder_name(commit.step, self.job.attempt), self.progress.eval["eval_loss"]
-            self.progress.best = {"step": commit.step, "metric": loss, "checkpoint": own}
+            self.progress.best = BestEvaluation(commit.step, loss, own)
         return commit
 
     def _newest(self) -> tuple[str | None, list[str]]:
@@ -172,7 +173,7 @@ class RunSession(Generic[EngineT]):
         commit = find_commit(self.storage)
         if commit is not None:
             return commit.name, []
-        bad = damaged(self.storage)
+        bad = damaged_names(self.storage)
         if bad and not self.job.insist:
             give_up(self.storage)
             self._warn(0, f"all checkpoints are damaged ({', '.join(bad)}): begun again at step 0")
@@ -209,9 +210,8 @@ class RunSession(Generic[EngineT]):
         parts = self.parts
         if not parts.eval_batches:
             return False
-        return self.judge(
-            step, evaluate(parts.engine, parts.built.objective, parts.eval_batches, parts.tasks)
-        )
+        found = evaluate(parts.engine, parts.built.objective, parts.eval_batches, parts.tasks)
+        return self.judge(step, found)
 
     def judge(self, step: int, found: dict[str, float]) -> bool:
         """Log an evaluation; whether it is the best so far."""
@@ -221,12 +221,11 @@ class RunSession(Generic[EngineT]):
         if self.rank == 0:
             line = {"step": step, "split": "eval", "loss": found["eval_loss"], **found}
             self._record("eval", {**line, "seconds": self.seconds()})
-        best = self.progress.best
-        before = math.inf if best is None else best["metric"]
+        before = math.inf if self.progress.best is None else self.progress.best.metric
         if step == 0 or not found["eval_loss"] < before:  # NaN is never the best
             return False
         name = folder_name(step, self.job.attempt)
-        self.progress.best = {"step": step, "metric": found["eval_loss"], "checkpoint": name}
+        self.progress.best = BestEvaluation(step, found["eval_loss"], name)
         return True
 
     def save(self, step: int, best: bool) -> None:
@@ -235,11 +234,11 @@ class RunSession(Generic[EngineT]):
         self.writer.save(step, shard, extra, best=best)
         self._tell_saves(step)
 
-    def state(self, step: int) -> tuple[StateShard, dict[str, Any]]:
+    def state(self, step: int) -> tuple[StateShard, dict[str, object]]:
         """What a checkpoint holds: live references, and JSON. The metrics so far are durable."""
         self.progress.seconds = self.seconds()
         shard = self.parts.engine.shard()
-        extra = {
+        extra: dict[str, object] = {
             "progress": asdict(self.progress),
             "data_hash": self.job.data_hash,
             "cursor": step,  # steps of the stream consumed: its order is a function of the step
@@ -290,11 +289,12 @@ class RunSession(Generic[EngineT]):
             self.told = committed
             self.signals.progress(ProgressEvent("save", committed))
 
-    def _record(self, kind: EventKind, line: Mapping[str, Any]) -> None:
+    def _record(self, kind: EventKind, line: Mapping[str, object]) -> None:
         """Rank 0: to storage and to the driver."""
         if self.metrics is not None:
             self.lease.check()
             self.metrics.append(line)
         numbers = {name: float(v) for name, v in line.items() if isinstance(v, int | float)}
-        step, lr = int(numbers.pop("step")), line.get("lr", {})
+        step, lrs = int(numbers.pop("step")), line.get("lr")
+        lr = lrs if isinstance(lrs, dict) else {}
         self.signals.progress(ProgressEvent(kind, step, self.parts.steps, numbers=numbers, lr=lr))

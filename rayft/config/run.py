@@ -20,6 +20,19 @@ from rayft.core.errors import ConfigError
 WORKERS = 100_000
 
 
+_FREE = {
+    "scale": True,
+    "storage": True,
+    "trackers": True,
+    "sweep": True,
+    "data": {"cache"},
+    "train": {"keep", "micro_batch", "eval_batch", "log_every"},
+    "strategy": {"offload", "nvme_path"},  # where state lies changes no number
+}
+_FREE_IN_SWEEP = {"trials", "max_seconds", "target", "pack", "slots", "packs", "seeds", "refit"}
+"""Fields that may change when a run or a sweep is continued."""
+
+
 class ModelSpec(Spec):
     """The base model."""
 
@@ -207,35 +220,19 @@ class Run(Spec):
         sources = [source.path for source in (*self.data.train, *self.data.eval)]
         return [self.storage, *([self.data.cache] if self.data.cache else []), *sources]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """What must not change when a run is continued: all but where it runs and what is watched.
 
         Checkpoints know no world size, so workers, micro-batches, resources, offload and the place
         of the cache are free.
         """
-        data = self.resolved()
-        for free in ("scale", "storage", "trackers", "sweep"):
-            data.pop(free)
-        for section, key in (
-            ("data", "cache"),
-            ("train", "keep"),
-            ("train", "micro_batch"),
-            ("train", "eval_batch"),
-            ("train", "log_every"),
-        ):
-            data[section].pop(key)
-        for key in ("offload", "nvme_path"):  # where state lies changes no number
-            data["strategy"].pop(key, None)
-        return data
+        return self.model_dump(mode="json", exclude=_FREE)
 
-    def sweep_identity(self) -> dict[str, Any]:
+    def sweep_identity(self) -> dict[str, object]:
         """What must not change when a sweep is continued: how long it goes on, when it may end and
         how wide the packs are is free."""
-        data = self.identity()
-        block = self.resolved()["sweep"] or {}
-        for free in ("trials", "max_seconds", "target", "pack", "slots", "packs", "seeds", "refit"):
-            block.pop(free, None)
-        return data | {"sweep": block}
+        block = self.sweep and self.sweep.model_dump(mode="json", exclude=_FREE_IN_SWEEP)
+        return self.identity() | {"sweep": block or {}}
 
     def digest(self) -> str:
         """sha256 of `identity`, first 16 hex digits."""
@@ -246,7 +243,7 @@ class Run(Spec):
         return _digest(self.sweep_identity())
 
 
-def _digest(data: dict[str, Any]) -> str:
+def _digest(data: dict[str, object]) -> str:
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

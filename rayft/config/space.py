@@ -6,7 +6,6 @@ import copy
 import math
 import random
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -47,11 +46,11 @@ FIXED = {
 """Fields that no trial may differ in, and why."""
 
 
-def params_of(space: Mapping[str, Domain], picks: Mapping[str, Any]) -> dict[str, object]:
+def params_of(space: Mapping[str, Domain], picks: Mapping[str, object]) -> dict[str, object]:
     """{path: value} of one pick per dimension; the pick of a paired one is its whole entry."""
-    params: dict[str, Any] = {}
+    params: dict[str, object] = {}
     for name, domain in space.items():
-        params |= picks[name] if domain.paired else {name: picks[name]}
+        params |= domain.params(name, picks[name])
     return params
 
 
@@ -67,10 +66,11 @@ def applied(
     Raises:
         ConfigError: naming the path and the value, or the rule that refuses the combination.
     """
-    data: dict[str, Any] = run.resolved() | {"sweep": None}
+    data: dict[str, object] = {**run.resolved(), "sweep": None}
     data |= {key: value for key, value in (("name", name), ("storage", storage)) if value}
     if run.sweep is not None and run.sweep.steps is not None:
-        data["train"] |= {"steps": run.sweep.steps, "epochs": None}
+        train = run.train.model_dump(mode="json")
+        data["train"] = train | {"steps": run.sweep.steps, "epochs": None}
     told = ", ".join(f"{path}={value}" for path, value in params.items())
     found = ConfigSource(f"trial {name or run.name}{f' ({told})' if told else ''}", data)
     wrong = _set(found, params)
@@ -79,7 +79,7 @@ def applied(
 
 def combination(space: Mapping[str, Domain], index: int) -> dict[str, object]:
     """The picks of one combination of a finite space; the last dimension varies fastest."""
-    picks: dict[str, Any] = {}
+    picks: dict[str, object] = {}
     for name, domain in reversed(list(space.items())):
         values = domain.values or ()
         index, rest = divmod(index, len(values))
@@ -165,7 +165,7 @@ def _values(base: Mapping[str, object], name: str, domain: Domain) -> Iterator[t
     (kind,) = domain.model_dump()
     told: set[str] = set()
     for index, value in enumerate(domain.ends()):
-        said = _refused(base, value if domain.paired else {name: value})
+        said = _refused(base, domain.params(name, value))
         if said and said not in told:
             told.add(said)
             yield (kind, index), said

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
@@ -24,9 +24,9 @@ class Domain(Spec):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    choice: tuple[Any, ...] | None = Field(default=None, min_length=1, max_length=LISTED)
+    choice: tuple[object, ...] | None = Field(default=None, min_length=1, max_length=LISTED)
     """One of these values."""
-    grid: tuple[Any, ...] | None = Field(default=None, min_length=1, max_length=LISTED)
+    grid: tuple[object, ...] | None = Field(default=None, min_length=1, max_length=LISTED)
     """Every one of these values (search: grid or random)."""
     uniform: tuple[float, float] | None = None
     """[low, high], evenly."""
@@ -34,7 +34,9 @@ class Domain(Spec):
     """[low, high], evenly in the logarithm."""
     integers: tuple[int, int] | None = Field(default=None, alias="int")
     """[low, high], whole numbers, both ends included."""
-    paired: tuple[dict[str, Any], ...] | None = Field(default=None, min_length=1, max_length=LISTED)
+    paired: tuple[dict[str, object], ...] | None = Field(
+        default=None, min_length=1, max_length=LISTED
+    )
     """Fields that change together, each entry {path: value, ...}; the dimension's own name is free
     then."""
 
@@ -99,7 +101,15 @@ class Domain(Spec):
             return range(self.integers[0], self.integers[1] + 1)
         return None
 
-    def ends(self) -> tuple[Any, ...]:
+    def params(self, name: str, pick: object) -> dict[str, object]:
+        """{path: value} of one of its values; of a paired one, whose values are mappings, all."""
+        if self.paired is None:
+            return {name: pick}
+        if not isinstance(pick, dict):
+            raise TypeError(f"a value of a paired dimension is a mapping, not {pick!r}")
+        return {str(path): value for path, value in pick.items()}
+
+    def ends(self) -> tuple[object, ...]:
         """Values to try a config with: all of a finite list, both ends of a range."""
         for ends in (self.uniform, self.loguniform, self.integers):
             if ends is not None:

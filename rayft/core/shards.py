@@ -1,10 +1,9 @@
 """Training state that knows no world size: named, flat slices of named tensors.
 
 Every rank owns, of each trained parameter, a contiguous slice of its flattened elements (all of it,
-a part, or nothing)
-together with the optimizer moments of that slice. DDP splits evenly, ZeRO gives what it holds
-anyway. So one format serves
-every strategy, any number of workers can read it back, and nothing has to be unpickled.
+a part, or nothing) together with the optimizer moments of that slice. DDP splits evenly, ZeRO gives
+what it holds anyway. So one format serves every strategy, any number of workers can read it back,
+and nothing has to be unpickled.
 """
 
 from __future__ import annotations
@@ -37,9 +36,8 @@ class StateShard:
     slices: Mapping[
         str, ParamSlice
     ]  # by parameter name; a parameter this rank holds nothing of is left out
-    whole: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # small tensors saved as they are (RNG, 8-bit states)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    """Small tensors saved as they are (RNG, 8-bit states)."""
     scalars: Mapping[str, float] = field(default_factory=dict)  # e.g. {"optimizer_step": 120}
 
 

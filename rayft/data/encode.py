@@ -113,7 +113,8 @@ def _closed(
     """With the end-of-sequence token where the document wants one; its mask is that of the end."""
     if item.eos:
         if not len(ids) or ids[-1] != tokenizer.eos_token_id:
-            ids = np.append(ids, np.int32(cast(int, tokenizer.eos_token_id)))
+            eos = cast(int, tokenizer.eos_token_id)  # one token, so no list
+            ids = np.append(ids, np.int32(eos))
             mask = np.append(mask, False)
         mask = mask.copy()
         mask[-1] = True

@@ -5,8 +5,8 @@ render(turns[:k] + generation prompt) and render(turns[:k + 1]), so the end-of-t
 in and the header of the turn never is; no tag in the template is needed. Where a template renders
 earlier turns in another way once later ones follow (Qwen3 drops thoughts), the end is found instead
 as content followed by the same tail, or by a special token; where that fails too, or what is said
-is not in the span, the row is refused. A last turn that a
-template leaves without any end gets the tokenizer's end-of-sequence token.
+is not in the span, the row is refused. A last turn that a template leaves without any end gets the
+tokenizer's end-of-sequence token.
 
 Prompt and completion as plain strings become a user and an assistant turn when there is a chat
 template: that is how the tuned model will be called. (TRL concatenates them; do so here by taking a
@@ -175,7 +175,8 @@ class ExampleRenderer:
             return len(whole)
         until = self._apply(chat, index + 1, generation=False)
         # some templates close what they take for the whole conversation with eos (Phi-3)
-        for prefix in (until, until.removesuffix(cast(str, self.tokenizer.eos_token))):
+        eos = cast(str, self.tokenizer.eos_token)  # a list only where tokens are asked for together
+        for prefix in (until, until.removesuffix(eos)):
             if whole.startswith(prefix):
                 return len(prefix)
         said = chat.messages[index]["content"].strip()

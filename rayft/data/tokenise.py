@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from rayft.config.data import DataSpec
 from rayft.config.objectives import ObjectiveSpec
@@ -55,6 +55,23 @@ log = logging.getLogger(__name__)
 
 VERSION = 1  # raise it when the same rows would become other tokens
 _NAMED = 6  # bad rows that an error names
+
+
+class SourceFingerprint(TypedDict):
+    """What decides about the rows of one source."""
+
+    content: dict[str, str]  # {file: hash of its bytes}
+    layout: dict[str, object]
+    samples: int | None
+
+
+class TableFingerprint(TypedDict):
+    """Everything that decides about a table, as meta.json keeps it."""
+
+    version: int
+    recipe: dict[str, object]
+    tokenizer: str  # hash
+    sources: list[SourceFingerprint]
 
 
 def prepare(
@@ -131,7 +148,7 @@ def check_bad(table: TokenTable, share: float, listed: str = "") -> None:
 
 def fingerprint(
     sources: Sequence[DataSource], tokenizer: PreTrainedTokenizerBase, how: TokenRecipe
-) -> dict[str, Any]:
+) -> TableFingerprint:
     """Everything that decides about the table, by name: {"sources": [{"content": {file: hash},
     "layout": ...}], "tokenizer": hash, "recipe": ..., "version": ...}. Two of them can be compared
     to say what changed. Local files count by their bytes; objects by size and time of change."""
@@ -150,14 +167,14 @@ def fingerprint(
     }
 
 
-def data_hash(prints: dict[str, Any]) -> str:
+def data_hash(prints: TableFingerprint) -> str:
     """sha256 (16 hex digits) of a fingerprint; where the files lie does not matter."""
     bare = {**prints, "sources": [_nameless(source) for source in prints["sources"]]}
     text = json.dumps(bare, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _nameless(source: dict[str, Any]) -> dict[str, Any]:
+def _nameless(source: SourceFingerprint) -> dict[str, object]:
     return {**source, "content": list(source["content"].values())}
 
 

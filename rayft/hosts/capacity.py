@@ -40,9 +40,8 @@ def reasons_not_packed(run: Run) -> tuple[bool, list[str]]:
     some = False
     for name, domain in run.swept.space.items():
         for value in domain.ends():
-            params = value if domain.paired else {name: value}
             try:
-                why = why_not_packed(applied(run, params))
+                why = why_not_packed(applied(run, domain.params(name, value)))
             except ConfigError:
                 continue  # a value that only works together with another one
             some = some or not why

@@ -6,7 +6,6 @@ import asyncio
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import ray
 import ray.exceptions
@@ -58,7 +57,7 @@ class PackPool:
 
     def _new(self, name: str, failed: int = 0) -> PooledPack:
         settings = self._settings
-        options: dict[str, Any] = {
+        options: dict[str, object] = {
             "name": f"rayft-{self._sweep}-{name}-{secrets.token_hex(2)}",
             "num_cpus": settings.cpus,
             "max_concurrency": 1000,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import ray
 
@@ -19,7 +18,7 @@ ATTEMPTS = 100_000  # numbers of attempts that one start of a sweep may give its
 class PlacerConfig:
     """What a placer works with: plain data."""
 
-    config: dict[str, Any]  # Run.resolved() of the sweep
+    config: dict[str, object]  # Run.resolved() of the sweep
     home: str  # address of the sweep's folder
     packs: int  # at most
     slots: int
@@ -31,7 +30,7 @@ class PlacerConfig:
     driver: DriverContext
     environment: dict[str, str]
     dashboard: bool  # without one, runs of their own would hang
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, object] = field(default_factory=dict)
 
 
 # The packs hold every CPU that Ray shares out: a task that asked for one would wait for ever.

@@ -19,7 +19,7 @@ from rayft.cluster.interrupt import Interrupt
 from rayft.compose.job import PreparedData, ProgressEvent
 from rayft.config.run import Run
 from rayft.core.errors import DivergedError, InterruptedRun, InUseError, RayftError
-from rayft.records.run_record import RunRecord, Status, stored
+from rayft.records.run_record import RunRecord, Status, stored_record
 from rayft.records.series import base_of
 from rayft.storage.folder import Storage
 from rayft.storage.lease import PATIENCE
@@ -111,7 +111,7 @@ class TrainRun:
         if not keep:
             for folder in ("checkpoints", "export"):
                 self._home.delete(folder)
-        record = stored(self._home)
+        record = stored_record(self._home)
         if record is not None and record.status == "interrupted":
             self._home.write_text("run.json", replace(record, status=status).to_json())
 

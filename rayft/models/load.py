@@ -128,8 +128,9 @@ def model_facts(model: PreTrainedModel) -> ModelFacts:
 
 
 def input_embeddings(model: PreTrainedModel) -> nn.Parameter:
-    """(V, H); transformers types the module around it as any module."""
-    return cast(nn.Parameter, model.get_input_embeddings().weight)
+    """(V, H)."""
+    weight = model.get_input_embeddings().weight
+    return cast(nn.Parameter, weight)  # transformers types the module around it as any module
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

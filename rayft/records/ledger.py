@@ -29,7 +29,7 @@ from rayft.storage.jsonl import LineAppender, read_log
 from rayft.storage.sealed import DamagedLines
 
 LEDGER = "trials.jsonl"
-TrialParams = dict[str, Any]
+TrialParams = dict[str, object]
 """{path of a config field: value}, as an override names it."""
 FACTS = ("trial", "time", "status", "step", "params", "error", "donor", "origin", "pack")
 """Keys of a line that are no metrics."""
@@ -49,7 +49,7 @@ class LedgerTrial:
     """One trial as the ledger tells it."""
 
     id: str
-    params: dict[str, Any]  # as they are now
+    params: TrialParams  # as they are now
     status: Status  # running, or one of ENDED
     step: int  # the last one reported
     reports: tuple[LedgerReport, ...]  # by step; only those with metrics
@@ -76,12 +76,11 @@ class LedgerTrial:
 class LedgerContents:
     """Everything a ledger says."""
 
-    trials: dict[str, LedgerTrial] = field(
-        default_factory=dict
-    )  # by id, in the order of first lines
-    lines: list[Mapping[str, Any]] = field(default_factory=list)  # of trials, as they were written
-    packs: dict[str, dict[str, Any]] = field(default_factory=dict)  # last line of each
-    starts: list[dict[str, Any]] = field(default_factory=list)  # of the driver
+    # Trials by id, in the order of first lines; lines of trials, as they were written.
+    trials: dict[str, LedgerTrial] = field(default_factory=dict)
+    lines: list[Mapping[str, object]] = field(default_factory=list)
+    packs: dict[str, dict[str, object]] = field(default_factory=dict)  # last line of each
+    starts: list[Mapping[str, Any]] = field(default_factory=list)  # of the driver
     damage: tuple[DamagedLines, ...] = ()  # lines that are not in here
 
 
@@ -99,7 +98,7 @@ class Ledger:
         params: Mapping[str, object],
         metrics: Mapping[str, float] | None = None,
         **facts: str,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """One line, as written; the end of a trial is durable on return.
 
         Args:
@@ -109,23 +108,28 @@ class Ledger:
         Raises:
             StorageError: it could not be written.
         """
-        line = {"trial": trial, "time": round(self._clock(), 3), "status": status, "step": step}
+        line: dict[str, object] = {
+            "trial": trial,
+            "time": round(self._clock(), 3),
+            "status": status,
+            "step": step,
+        }
         line |= {"params": dict(params), **facts, **(metrics or {})}
         self._out.append(line)
         if status in ENDED:
             self._out.flush()
         return line
 
-    def pack(self, name: str, numbers: Mapping[str, float]) -> dict[str, Any]:
+    def pack(self, name: str, numbers: Mapping[str, float]) -> dict[str, object]:
         """How full a pack has been so far: slots, busy (slot-seconds), seconds, tokens, ..."""
-        line = {"pack": name, "time": round(self._clock(), 3), **numbers}
+        line: dict[str, object] = {"pack": name, "time": round(self._clock(), 3), **numbers}
         self._out.append(line)
         return line
 
-    def start(self, sweep: str, number: int, config: str, data: str) -> dict[str, Any]:
+    def start(self, sweep: str, number: int, config: str, data: str) -> dict[str, object]:
         """The `number`-th start of a driver (from 1), with the hashes of its config and data;
         durable on return."""
-        line = {"sweep": sweep, "time": round(self._clock(), 3), "start": number}
+        line: dict[str, object] = {"sweep": sweep, "time": round(self._clock(), 3), "start": number}
         line |= {"config": config, "data": data}
         self._out.append(line)
         self._out.flush()
@@ -142,11 +146,11 @@ class Ledger:
 
 def read_ledger(storage: Storage) -> LedgerContents:
     """The ledger below `storage`; an empty one where there is none."""
-    found = read_log(storage, LEDGER, sound)
+    found = read_log(storage, LEDGER, is_ledger_row)
     return fold(found.rows, LedgerContents(damage=found.damage))
 
 
-def sound(row: Mapping[str, object]) -> bool:
+def is_ledger_row(row: Mapping[str, object]) -> bool:
     """Whether a row is one of a trial or of a pack, with all that `fold` needs."""
     if not _is_number(row.get("time")) or not isinstance(row.get("trial", row.get("pack")), str):
         return False

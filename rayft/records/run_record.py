@@ -7,12 +7,14 @@ the ledger (of a sweep) hold what is needed to make it anew.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from rayft.records.run_progress import BestEvaluation, RunProgress, RunSize
 from rayft.storage.folder import Storage
 from rayft.storage.sealed import BadRecord, seal, unseal
 
@@ -26,21 +28,12 @@ ENDED: tuple[Status, ...] = ("done", "stopped", "diverged", "failed")
 
 
 @dataclass(frozen=True)
-class BestEvaluation:
-    """The best evaluation so far."""
-
-    step: int
-    metric: float
-    checkpoint: str  # folder name below checkpoints/
-
-
-@dataclass(frozen=True)
 class RunRecord:
     """One run, as a row of facts. Seconds are wall clock over all attempts."""
 
     name: str
     status: Status
-    config: dict[str, Any]
+    config: dict[str, Any]  # Run.resolved()
     config_hash: str
     data_hash: str = ""
     seed: int = 0
@@ -49,9 +42,8 @@ class RunRecord:
     tokens: int = 0
     params_total: int = 0
     params_trainable: int = 0
-    eval: dict[str, float] = field(
-        default_factory=dict
-    )  # last evaluation, e.g. {"eval_loss": 2.1, "eval_ppl": 8.2}
+    eval: dict[str, float] = field(default_factory=dict)
+    """Last evaluation, e.g. {"eval_loss": 2.1, "eval_ppl": 8.2}."""
     base: dict[str, float] = field(default_factory=dict)  # the same before the first step
     best: BestEvaluation | None = None
     seconds: float = 0.0
@@ -59,10 +51,23 @@ class RunRecord:
     attempts: int = 0
     error: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    hardware: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(
-        default_factory=dict
-    )  # rows, tokens, cut, dropped, bad; per source
+    hardware: Mapping[str, object] = field(default_factory=dict)
+    data: Mapping[str, object] = field(default_factory=dict)
+    """By split: rows, tokens, cut, dropped, bad, in total and per source."""
+
+    def advanced(self, progress: RunProgress, size: RunSize | None = None) -> RunRecord:
+        """With how far the run has come, and how large it is where that is known; status, error
+        and seconds are the caller's."""
+        known = {} if size is None else vars(size)
+        return replace(
+            self,
+            steps=progress.step,
+            tokens=progress.tokens,
+            eval=progress.eval,
+            base=progress.base,
+            best=progress.best,
+            **known,
+        )
 
     def to_json(self) -> str:
         """Stable, readable JSON."""
@@ -78,7 +83,7 @@ class RunRecord:
         return _from_json(text, RunRecord)
 
 
-def stored(run: Storage) -> RunRecord | None:
+def stored_record(run: Storage) -> RunRecord | None:
     """run.json of the run in this folder; None where it is gone, or damaged, which is logged."""
     try:
         return RunRecord.from_json(run.read_bytes("run.json"))
@@ -96,7 +101,7 @@ class SweepWinner:
     trial: str
     step: int
     metric: float
-    params: dict[str, Any]
+    params: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class SweepRecord:
     data_hash: str = ""
     base: dict[str, float] = field(default_factory=dict)  # evaluation of the base model
     best: SweepWinner | None = None
-    refit: dict[str, Any] | None = None  # {"metric", "step", "seconds"} of the winner's last run
+    refit: dict[str, object] | None = None  # {"metric", "step", "seconds"} of the winner's last run
     seconds: float = 0.0  # wall clock over all starts of the sweep
     cost: dict[str, float] = field(default_factory=dict)
     # "trial_seconds" engine seconds spent, "saved_by_stopping" and "saved_by_packing" seconds,
@@ -122,8 +127,8 @@ class SweepRecord:
     stopped_by: str = ""  # what ended the search: trials | max_seconds | target | grid
     error: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    hardware: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
+    hardware: Mapping[str, object] = field(default_factory=dict)
+    data: Mapping[str, object] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Stable, readable JSON."""

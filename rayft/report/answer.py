@@ -10,7 +10,7 @@ from rayft.records.ledger import LEDGER
 from rayft.report.axes import written
 from rayft.report.facts import SweepFacts, value_of
 from rayft.report.numbers import MetricScale, seconds
-from rayft.storage.sealed import told
+from rayft.storage.sealed import damage_sentence
 
 ENDED_BY = {
     "max_seconds": "the time limit ended the search",
@@ -49,7 +49,7 @@ def standing(facts: SweepFacts) -> str:
         "diverged": "Every trial diverged, so there is no winner. Lower the learning rates in "
         "sweep.space, or lengthen optim.warmup.",
     }.get(record.status, "")
-    lost = told(LEDGER, facts.ledger.damage)
+    lost = damage_sentence(LEDGER, facts.ledger.damage)
     warnings = [said, f"{lost}. What they said is in no number here." if lost else ""]
     shown = [f'<p class="status" role="status">{escape(text)}</p>' for text in warnings if text]
     return f'<p class="note">{escape(line.strip())}</p>{"".join(shown)}'

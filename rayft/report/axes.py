@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from rayft.config.sweep import Domain
 
@@ -47,7 +47,7 @@ class SpaceAxis:
     high: float
     levels: tuple[str, ...] = ()
 
-    def pick(self, params: Mapping[str, object]) -> Any:
+    def pick(self, params: Mapping[str, object]) -> object:
         """The value that `params` hold; None without it."""
         return params.get(self.name)
 
@@ -57,8 +57,9 @@ class SpaceAxis:
         if self.levels:
             text = level(value)
             return float(self.levels.index(text)) if text in self.levels else None
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if number else None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        return float(value)
 
     def unit(self, params: Mapping[str, object]) -> float | None:
         """`at` on [0, 1], evenly in the logarithm where the domain is."""
@@ -109,15 +110,16 @@ def _unpaired(space: Mapping[str, Domain]) -> Iterator[tuple[str, Domain]]:
             values = list(
                 {json.dumps(entry[path]): entry[path] for entry in domain.paired}.values()
             )
-            if len(values) <= MANY or any(_number(str(value)) is None for value in values):
+            numbers = [n for value in values if (n := _number(str(value))) is not None]
+            if len(values) <= MANY or len(numbers) < len(values):
                 yield path, Domain(choice=tuple(values))
                 continue
-            low, high = min(values), max(values)
+            low, high = min(numbers), max(numbers)
             wide = low > 0 and high / low >= WIDE
-            yield path, Domain(**{"loguniform" if wide else "uniform": (low, high)})
+            yield path, Domain(loguniform=(low, high)) if wide else Domain(uniform=(low, high))
 
 
-def _axis(name: str, label: str, domain: Domain, seen: Sequence[Mapping[str, Any]]) -> SpaceAxis:
+def _axis(name: str, label: str, domain: Domain, seen: Sequence[Mapping[str, object]]) -> SpaceAxis:
     ends = domain.uniform or domain.loguniform or domain.integers
     bare = SpaceAxis(name, label, domain, domain.loguniform is not None, 0.0, 0.0)
     if ends is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from rayft.report.facts import SweepFacts, TrialResult, front
 from rayft.report.figure import (
@@ -126,7 +125,7 @@ def costs(facts: SweepFacts) -> list[Chart]:
     return charts
 
 
-def _cost_axis(name: str, low: float, high: float, log: bool) -> dict[str, Any]:
+def _cost_axis(name: str, low: float, high: float, log: bool) -> Figure:
     if log:
         span = [math.log10(low), math.log10(high)]
         pad = (span[1] - span[0]) * 0.06

@@ -18,7 +18,7 @@ from rayft.records.run_record import SweepRecord
 from rayft.report.axes import SpaceAxis, axes
 from rayft.report.savings import EngineSavings, savings
 from rayft.storage.folder import Storage
-from rayft.storage.sealed import BadRecord, told
+from rayft.storage.sealed import BadRecord, damage_sentence
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def read_facts(storage: Storage) -> SweepFacts:
     """
     ledger = read_ledger(storage)
     if ledger.damage:
-        log.warning("%s", told(storage.shown(LEDGER), ledger.damage))
+        log.warning("%s", damage_sentence(storage.shown(LEDGER), ledger.damage))
     return facts(_record(storage), ledger, _files(storage))
 
 

@@ -79,7 +79,7 @@ def layout(x: str = "", y: str = "", **more: object) -> Figure:
     return made
 
 
-def ticks(axis: SpaceAxis) -> dict[str, Any]:
+def ticks(axis: SpaceAxis) -> Figure:
     """A Plotly axis for a dimension."""
     if axis.levels:
         texts = [words(short(level, 18)) for level in axis.levels]

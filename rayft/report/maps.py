@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from rayft.report.axes import SpaceAxis, written
 from rayft.report.facts import SweepFacts, TrialResult
@@ -60,8 +59,8 @@ def parallel(facts: SweepFacts, scale: MetricScale) -> Chart:
 def _bundle(
     rows: Sequence[TrialResult], facts: SweepFacts, low: float, high: float, color: str, shade: int
 ) -> Figure:
-    xs: list[Any] = []
-    ys: list[Any] = []
+    xs: list[object] = []
+    ys: list[object] = []
     texts: list[str] = []
     for row in rows:
         heights = [_height(axis, row) for axis in facts.axes]

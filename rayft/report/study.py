@@ -10,11 +10,11 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import optuna
 from optuna.distributions import (
     BaseDistribution,
+    CategoricalChoiceType,
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
@@ -53,9 +53,9 @@ class _MemoryJournal(BaseJournalBackend):
     """A journal in memory: Optuna's file is its lines, one JSON object each."""
 
     def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
+        self.lines: list[dict[str, object]] = []
 
-    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+    def read_logs(self, log_number_from: int) -> list[dict[str, object]]:
         return self.lines[log_number_from:]
 
     def append_logs(self, logs: Sequence[Mapping[str, object]]) -> None:
@@ -130,7 +130,7 @@ def distribution(axis: SpaceAxis) -> BaseDistribution:
     return FloatDistribution(axis.low, axis.high, log=axis.log)
 
 
-def _choices(axis: SpaceAxis) -> list[Any]:
+def _choices(axis: SpaceAxis) -> list[CategoricalChoiceType]:
     """Numbers, flags and texts as they are, anything else as its text."""
     values = {level(value): value for value in axis.domain.values or ()}
     plain = [values.get(text, text) for text in axis.levels]
@@ -139,7 +139,7 @@ def _choices(axis: SpaceAxis) -> list[Any]:
 
 
 def _params(axes: Sequence[SpaceAxis], row: TrialResult) -> dict[str, object]:
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for axis in axes:
         place = axis.at(row.trial.params)
         if place is None:

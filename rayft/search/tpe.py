@@ -6,7 +6,6 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import optuna
 from optuna.distributions import (
@@ -142,7 +141,7 @@ def _listed(domain: Domain) -> bool:
     return bool(domain.choice or domain.grid or domain.paired)
 
 
-def _label(value: Any) -> str:
+def _label(value: object) -> str:
     """What Optuna knows a listed value by: text that tells 1, 1.0 and true apart."""
     return json.dumps(value, sort_keys=True)
 

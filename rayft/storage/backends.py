@@ -149,7 +149,7 @@ class PosixBackend:
 
     def open_output(self, path: str) -> IO[bytes]:
         self._make(Path(path).parent)
-        return cast("IO[bytes]", DurableFile(Path(path)))
+        return cast("IO[bytes]", DurableFile(Path(path)))  # has what a writer calls
 
     def entries(self, path: str, recursive: bool) -> list[FolderEntry]:
         root = Path(path)

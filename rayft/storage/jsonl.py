@@ -15,12 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from rayft.storage.backends import open_for_append
 from rayft.storage.folder import Storage
 from rayft.storage.retry import RetryPolicy
-from rayft.storage.sealed import SealedLog, Sound, everything, line_of, read_lines, told
+from rayft.storage.sealed import SealedLog, Sound, any_row, damage_sentence, line_of, read_lines
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class LineAppender:
             self._part += 1
 
 
-def read_log(storage: Storage, path: str, sound: Sound = everything) -> SealedLog:
+def read_log(storage: Storage, path: str, sound: Sound = any_row) -> SealedLog:
     """All parts of a log, in order, and what is damaged in it; an empty one where there is none.
 
     Args:
@@ -141,11 +141,11 @@ def read_log(storage: Storage, path: str, sound: Sound = everything) -> SealedLo
     return read_lines((storage.read_bytes(part) for part in _parts(storage, path)), sound)
 
 
-def read_jsonl(storage: Storage, path: str, sound: Sound = everything) -> list[dict[str, Any]]:
+def read_jsonl(storage: Storage, path: str, sound: Sound = any_row) -> list[dict[str, object]]:
     """The rows of `read_log`; damage is logged."""
     found = read_log(storage, path, sound)
     if found.damage:
-        log.warning("%s", told(storage.shown(path), found.damage))
+        log.warning("%s", damage_sentence(storage.shown(path), found.damage))
     return list(found.rows)
 
 

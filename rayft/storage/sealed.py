@@ -14,7 +14,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 LINE, CRC = "line", "crc"
 """Keys of a line that belong to the log, not to the row."""
@@ -46,12 +45,12 @@ class DamagedLines:
 class SealedLog:
     """What a log holds: rows in their order, without LINE and CRC."""
 
-    rows: tuple[dict[str, Any], ...] = ()
+    rows: tuple[dict[str, object], ...] = ()
     damage: tuple[DamagedLines, ...] = ()
     last: int = 0  # number of the last line
 
 
-def told(path: str, damage: tuple[DamagedLines, ...]) -> str:
+def damage_sentence(path: str, damage: tuple[DamagedLines, ...]) -> str:
     """`2 lines of trials.jsonl are damaged and not used: line 14 (t0003), line 20`; "" without."""
     if not damage:
         return ""
@@ -77,12 +76,12 @@ def number_of(line: bytes) -> int | None:
     return int(body.rpartition(b'"line":')[2])
 
 
-def everything(row: Mapping[str, object]) -> bool:
+def any_row(row: Mapping[str, object]) -> bool:
     """The Sound of a reader that takes any row."""
     return True
 
 
-def read_lines(parts: Iterable[bytes], sound: Sound = everything) -> SealedLog:
+def read_lines(parts: Iterable[bytes], sound: Sound = any_row) -> SealedLog:
     """A whole log from its parts.
 
     Lines written before there were checksums count as long as no line with one came before them.
@@ -97,7 +96,7 @@ def read_lines(parts: Iterable[bytes], sound: Sound = everything) -> SealedLog:
 class _LogReader:
     def __init__(self, sound: Sound) -> None:
         self._sound = sound
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[dict[str, object]] = []
         self._damage: list[DamagedLines] = []
         self._seen: set[bytes] = set()
         self._sealed = False  # a line with a checksum was met
@@ -116,7 +115,7 @@ class _LogReader:
             self._lost(self._last + len(self._bad))
         return SealedLog(tuple(self._rows), tuple(self._damage), self._last)
 
-    def _take(self, piece: bytes, row: dict[str, Any], number: int | None) -> None:
+    def _take(self, piece: bytes, row: dict[str, object], number: int | None) -> None:
         if number is None:
             number = self._last + len(self._bad) + 1
         elif piece in self._seen:
@@ -152,7 +151,7 @@ def _pieces(data: bytes) -> Iterator[tuple[bytes, bool]]:
             yield rest, ended
 
 
-def _row(piece: bytes, old: bool) -> dict[str, Any] | None:
+def _row(piece: bytes, old: bool) -> dict[str, object] | None:
     """The row of a line; None where it is none. Of an old line only if it never had a checksum."""
     try:
         row = json.loads(piece)
@@ -177,7 +176,7 @@ def seal(record: Mapping[str, object]) -> str:
     return json.dumps({**record, RECORD_CRC: _crc(record)}, indent=2, sort_keys=True) + "\n"
 
 
-def unseal(data: bytes) -> dict[str, Any]:
+def unseal(data: bytes) -> dict[str, object]:
     """The record, without its checksum; one written before there were checksums is taken as it is.
 
     Raises:

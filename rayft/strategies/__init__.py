@@ -26,8 +26,9 @@ def build(
     """The strategy of `spec` for this process and the process group that is up (ddp: or none;
     zero makes a group of one rank where there is none).
 
-    `micro_batch` is rows per forward pass. Raises ConfigError (an impossible pair, a contradicting
-    DeepSpeed config) and InfeasibleError (offload that this machine cannot do).
+    `micro_batch` is rows per forward pass. Pairs that cannot work are refused by config/rules.py,
+    before anything starts. Raises ConfigError (a contradicting DeepSpeed config) and
+    InfeasibleError (offload that this machine cannot do).
     """
     precision = model.dtype if train.precision == "auto" else train.precision
     if isinstance(spec, DdpSpec):

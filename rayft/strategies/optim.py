@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from rayft.core.protocols import ParamGroup
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's names of m and v, and the kinds of a checkpoint
 
 
-def param_groups(groups: list[ParamGroup], optim: OptimSpec) -> list[dict[str, Any]]:
+def param_groups(groups: list[ParamGroup], optim: OptimSpec) -> list[dict[str, object]]:
     """Torch param groups in the order of `groups`, each with its "name".
 
     Raises RuntimeError where a method broke its contract: an empty group (DeepSpeed drops it and
@@ -138,9 +137,19 @@ def schedule(optim: OptimSpec, total_steps: int) -> Callable[[int], float]:
     return factor
 
 
-def grad_norm(params: Iterable[nn.Parameter]) -> Tensor:
-    """Scalar: the 2-norm of all gradients together."""
-    return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+def clip_gradients(params: list[nn.Parameter], clip: float | None) -> float:
+    """Scale the gradients of replicated `params` to a 2-norm of at most `clip`, all together; the
+    norm before. Nothing is scaled where it is not finite.
+
+    TrialSlot.update does the same for a trial of a pack, but not to the same bits, so it cannot be
+    this function: its norm has come to the host with those of all trials, and its factor is a
+    double; here both stay tensors in the precision of the gradients.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    value = float(norm)
+    if clip is not None and math.isfinite(value):
+        torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
+    return value
 
 
 def clipped_step(
@@ -151,11 +160,8 @@ def clipped_step(
     A non-finite norm (any NaN or infinity in any gradient) leaves parameters and moments as they
     were. Gradients are zeroed either way.
     """
-    norm = grad_norm(params)
-    value = float(norm)
+    value = clip_gradients(params, clip)
     if math.isfinite(value):
-        if clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return value

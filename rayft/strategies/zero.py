@@ -41,10 +41,10 @@ from torch import Tensor, nn
 from rayft.config.run import ModelSpec, OptimSpec, TrainSpec
 from rayft.config.strategies import ZeroSpec
 from rayft.core.batch import Batch
-from rayft.core.errors import ConfigError, InfeasibleError, RayftError
+from rayft.core.errors import InfeasibleError, RayftError
 from rayft.core.protocols import ParamGroup
 from rayft.core.shards import ShardReader, StateShard
-from rayft.strategies.optim import assert_groups, build_optimizer, grad_norm, read_lrs, set_lrs
+from rayft.strategies.optim import assert_groups, build_optimizer, clip_gradients, read_lrs, set_lrs
 from rayft.strategies.slices import trained
 from rayft.strategies.zero_config import deepspeed_config
 from rayft.strategies.zero_state import (
@@ -58,32 +58,6 @@ from rayft.strategies.zero_state import (
 BUCKET = 500_000_000  # elements: DeepSpeed's own default, far too much memory for a small model
 
 _started_in: dist.ProcessGroup | None = None  # the process group of the last strategy
-
-
-def _refuse(spec: ZeroSpec, optim: OptimSpec, model: ModelSpec) -> None:
-    """Pairs that cannot work, as ConfigError."""
-    rules = (
-        (
-            optim.kind != "adamw",
-            f"optim.kind {optim.kind} keeps blocks that ZeRO cannot cut; use adamw, or ddp",
-        ),
-        (
-            spec.stage == 3 and model.quant == "int8",
-            "int8 weights cannot be cut by ZeRO-3; use nf4, or stage 2",
-        ),
-        (
-            spec.offload != "none" and spec.stage == 0,
-            "ZeRO-0 holds nothing that can be offloaded; use stage 1, 2 or 3",
-        ),
-        (spec.offload == "nvme" and spec.stage != 3, "offload: nvme needs ZeRO stage 3"),
-        (
-            spec.offload == "nvme" and not spec.nvme_path,
-            "offload: nvme needs strategy.nvme_path, a folder on a local NVMe disk",
-        ),
-    )
-    for wrong, sentence in rules:
-        if wrong:
-            raise ConfigError(sentence, where="strategy")
 
 
 def _refuse_nvme() -> None:
@@ -138,7 +112,7 @@ def _forget_former_group() -> None:
 
 
 class ZeroStrategy:
-    """DeepSpeed over the process group that is up."""
+    """DeepSpeed over the process group that is up, for a run that `config/rules.py` lets pass."""
 
     def __init__(
         self,
@@ -151,7 +125,6 @@ class ZeroStrategy:
         micro_batch: int,
         device: torch.device,
     ) -> None:
-        _refuse(spec, optim, model)
         world = dist.get_world_size() if dist.is_initialized() else 1
         self.config = deepspeed_config(spec, optim, train, precision, micro_batch, world)
         _environment(device)
@@ -224,8 +197,8 @@ class ZeroEngine:
                 config=config,
                 dist_init_required=False,
             )
-        # its type names DeepSpeed's own optimizers, which are never asked for here
-        self._optimizer = cast(torch.optim.Optimizer, self._engine.basic_optimizer)
+        basic = self._engine.basic_optimizer
+        self._optimizer = cast(torch.optim.Optimizer, basic)  # DeepSpeed's own are not asked for
         assert_groups(self._optimizer, groups, optim.lr)
         self._state = self._held(spec)
 
@@ -262,15 +235,12 @@ class ZeroEngine:
 
     def _step_replicas(self) -> float:
         """Stage 0 is torch's own optimizer on whole gradients: the norm is ours to check."""
-        params = list(self._named.values())
-        norm = grad_norm(params)
-        if not math.isfinite(float(norm)):
+        norm = clip_gradients(list(self._named.values()), self._clip)
+        if not math.isfinite(norm):
             self._engine.zero_grad()
             return math.inf
-        if self._clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(params, self._clip, norm)
         self._engine.step()
-        return float(norm)
+        return norm
 
     def lrs(self) -> dict[str, float]:
         """Learning rates by group name."""
@@ -287,7 +257,7 @@ class ZeroEngine:
     @contextmanager
     def evaluating(self) -> Generator[None]:
         """No gradients, eval mode. Stage 3: every rank must run the same number of forwards."""
-        training = cast(nn.Module, self._engine.module).training
+        training = cast(nn.Module, self._engine.module).training  # DeepSpeed gives it no type
         self._engine.eval()
         try:
             with torch.no_grad():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from rayft.config.run import OptimSpec, TrainSpec
 from rayft.config.strategies import ZeroSpec
@@ -19,7 +18,7 @@ from rayft.core.errors import ConfigError
 AUTO = "auto"  # Hugging Face's "take it from the run"
 
 
-def user_mapping(source: dict[str, Any] | str | None) -> dict[str, Any]:
+def user_mapping(source: dict[str, object] | str | None) -> dict[str, object]:
     """The user's mapping: given as such, or read from a JSON file."""
     if source is None or isinstance(source, dict):
         return source or {}
@@ -42,7 +41,7 @@ def user_mapping(source: dict[str, Any] | str | None) -> dict[str, Any]:
     return data
 
 
-def merge(user: dict[str, Any], typed: dict[str, Any], path: str = "") -> dict[str, Any]:
+def merge(user: dict[str, object], typed: dict[str, object], path: str = "") -> dict[str, object]:
     """`typed` over `user`; ConfigError names both values where they differ."""
     merged = {key: value for key, value in user.items() if value != AUTO}
     for key, value in typed.items():
@@ -61,7 +60,7 @@ def merge(user: dict[str, Any], typed: dict[str, Any], path: str = "") -> dict[s
     return _without_auto(merged)
 
 
-def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
+def _without_auto(tree: dict[str, object]) -> dict[str, object]:
     """What is still "auto" has no value in a run: DeepSpeed's default applies."""
     return {
         key: _without_auto(value) if isinstance(value, dict) else value
@@ -70,23 +69,26 @@ def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _offload(spec: ZeroSpec) -> dict[str, Any]:
+def _offload(spec: ZeroSpec) -> dict[str, object]:
     if spec.offload == "none":
         return {}
-    place: dict[str, Any] = {"device": spec.offload}
+    place: dict[str, object] = {"device": spec.offload}
     if spec.offload == "nvme":
         place["nvme_path"] = spec.nvme_path
-    return {"offload_optimizer": place} | ({"offload_param": place} if spec.stage == 3 else {})
+    found: dict[str, object] = {"offload_optimizer": place}
+    if spec.stage == 3:
+        found["offload_param"] = place
+    return found
 
 
 def typed_fields(
     spec: ZeroSpec, optim: OptimSpec, train: TrainSpec, precision: str, micro_batch: int, world: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What the run fixes, in DeepSpeed's words."""
     accumulation = max(1, -(-train.global_batch // (micro_batch * world)))
     bf16 = precision == "bf16"
     cast = bf16 and spec.stage > 0  # stage 0 keeps fp32 parameters under autocast, as ddp does
-    fields: dict[str, Any] = {
+    fields: dict[str, object] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro_batch * accumulation * world,
@@ -117,7 +119,7 @@ def typed_fields(
 
 def deepspeed_config(
     spec: ZeroSpec, optim: OptimSpec, train: TrainSpec, precision: str, micro_batch: int, world: int
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The whole config for deepspeed.initialize, with an AdamW that the caller passes in.
 
     Raises ConfigError for a contradiction, a scheduler section, or an unreadable file.

@@ -13,7 +13,7 @@ from rayft.config.run import Run
 from rayft.config.space import applied
 from rayft.core.process import temporary
 from rayft.records.ledger import read_ledger
-from rayft.records.run_record import RunRecord, SweepRecord, SweepWinner, stored
+from rayft.records.run_record import RunRecord, SweepRecord, SweepWinner, stored_record
 from rayft.storage.folder import Storage
 from rayft.training.state import Fence
 
@@ -50,7 +50,7 @@ def copy_winner(home: str, trial: str) -> str:
 
     sweep = Storage.open(home)
     source, target = sweep.child("trials", trial), sweep.child(BEST)
-    record = stored(source) or _rebuilt(sweep, trial)
+    record = stored_record(source) or _rebuilt(sweep, trial)
     commit = choose_commit(source, record)
     for old in ("checkpoints", "export", "metrics.jsonl"):
         target.delete(old)

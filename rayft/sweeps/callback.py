@@ -127,8 +127,9 @@ def disk(run: Run, params: TrialParams, trainable: float, at_once: int) -> float
     """
     widest = 1.0
     for path, domain in run.swept.space.items():
-        if path.endswith(".rank") and params.get(path):
-            widest = max(domain.ends()) / params[path]
+        own = params.get(path)
+        if path.endswith(".rank") and isinstance(own, int) and own:
+            widest = max(end for end in domain.ends() if isinstance(end, int)) / own
     each = 12 * trainable * widest
     return each * (at_once * (run.train.keep + 2) + 2)
 

@@ -20,7 +20,7 @@ from rayft.cluster.connect import cluster_hardware, connected, has_dashboard, no
 from rayft.cluster.driver_context import DriverContext, passed_on
 from rayft.cluster.interrupt import Interrupt
 from rayft.cluster.map_tasks import map_on_hosts, map_on_ray
-from rayft.compose.job import PreparedData, TaskMapper
+from rayft.compose.job import Item, Made, PreparedData, TaskMapper
 from rayft.config.run import Run
 from rayft.core.errors import DataError
 from rayft.hosts.capacity import ClusterCapacity, cluster_capacity, reasons_not_packed
@@ -98,10 +98,10 @@ def open_cluster(
 
 
 def _settings(
-    run: Run, state: SweepState, capacity: ClusterCapacity, facts: dict[str, Any]
+    run: Run, state: SweepState, capacity: ClusterCapacity, facts: dict[str, object]
 ) -> PlacerConfig:
     return PlacerConfig(
-        config=run.resolved() | {"storage": Storage.open(run.storage).uri},
+        config={**run.resolved(), "storage": Storage.open(run.storage).uri},
         home=state.home.uri,
         packs=capacity.packs,
         slots=capacity.slots,
@@ -145,7 +145,7 @@ class _DataThread(threading.Thread):
         except BaseException as error:  # the main thread raises it
             self._error = error
 
-    def _map_items(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    def _map_items(self, function: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
         if len(items) == 1:  # done before any host has loaded its libraries
             return [function(items[0])]
         self._ready.wait()

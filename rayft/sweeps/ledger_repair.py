@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from rayft.checkpoint.folders import last_attempt, names, set_aside
+from rayft.checkpoint.folders import folder_names, last_attempt, set_aside
 from rayft.config.run import Run
 from rayft.config.space import applied
 from rayft.core.errors import ConfigError
 from rayft.hosts.placer_config import ATTEMPTS
 from rayft.records.ledger import LedgerContents, LedgerTrial, TrialParams
-from rayft.records.run_record import RunRecord, SweepRecord, stored
+from rayft.records.run_record import RunRecord, SweepRecord, stored_record
 from rayft.report.facts import value_of
 from rayft.storage.folder import Storage
 from rayft.storage.sealed import BadRecord
@@ -56,19 +56,19 @@ def _unknown(home: Storage, run: Run, name: str) -> Iterator[MissingLine]:
     if "-s" in name:  # a repetition: its config follows from its name
         return
     folder = home.child(name)
-    record = stored(folder)
+    record = stored_record(folder)
     params = None if record is None else _params(run, record)
     if params is not None:
         trial = LedgerTrial(name, params, "running", 0, (), 0.0, 0.0)
         yield from list(_end(folder, trial)) or [MissingLine(name, "running", 0, params)]
         return
-    for checkpoint in names(folder):
+    for checkpoint in folder_names(folder):
         set_aside(folder, checkpoint, "nobody knows the settings of this trial any more")
 
 
 def _known(folder: Storage, run: Run, trial: LedgerTrial) -> Iterator[MissingLine]:
     """Of a trial that goes on for the ledger: its end, or the parameters that it went on with."""
-    ends, record = list(_end(folder, trial)), stored(folder)
+    ends, record = list(_end(folder, trial)), stored_record(folder)
     yield from ends
     params = None if ends or record is None else _params(run, record)
     if params is not None and params != trial.params:
@@ -87,7 +87,7 @@ def _params(run: Run, record: RunRecord) -> TrialParams | None:
 
 def _end(folder: Storage, trial: LedgerTrial) -> Iterator[MissingLine]:
     """How a trial ended, as its run.json says; nothing where it did not."""
-    record = stored(folder)
+    record = stored_record(folder)
     if record is None:
         return
     known = (trial.id, record.status, record.steps, trial.params)

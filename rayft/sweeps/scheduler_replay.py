@@ -152,7 +152,8 @@ class ReplayedScheduler(TrialScheduler):
 
     def _take_over(self, controller: Controller, before: Trial, trial: Trial) -> None:
         """Population-based training acts on Tune's own trial, not on the one of the past."""
-        name, how = str(trial), cast("PopulationBasedTraining", self._how)
+        name = str(trial)
+        how = cast("PopulationBasedTraining", self._how)  # its only caller has looked
         states: dict[Trial, Any] = how._trial_state  # pyright: ignore[reportPrivateUsage]  # see above
         self._how.on_trial_add(controller, trial)
         states[trial] = states.pop(before)

@@ -21,11 +21,11 @@ from rayft.records.ledger import (
     fold,
     read_ledger,
 )
-from rayft.records.run_record import SweepWinner, stored
+from rayft.records.run_record import SweepWinner, stored_record
 from rayft.records.series import base_of
 from rayft.storage.folder import Storage
 from rayft.storage.lease import Lease
-from rayft.storage.sealed import told
+from rayft.storage.sealed import damage_sentence
 from rayft.sweeps.ledger_repair import TRIALS, earlier_sweep, lost_lines
 from rayft.sweeps.trial import TuneResult
 from rayft.training.state import versions
@@ -53,7 +53,7 @@ class SweepState:
         self.ledger: LedgerContents = read_ledger(home)
         self.news: list[str] = []  # lines for people, taken by the view
         if self.ledger.damage:
-            self.news.append(f"warning: {told(home.shown(LEDGER), self.ledger.damage)}")
+            self.news.append(f"warning: {damage_sentence(home.shown(LEDGER), self.ledger.damage)}")
         self.record, said = earlier_sweep(home, run, self.ledger)
         self.news += [f"warning: {said}"] * bool(said)
         self._writer: Ledger | None = None
@@ -280,7 +280,7 @@ class SweepState:
         if best is None:
             return self.record.base
         home = self.home.child(TRIALS, best[0].id)
-        record = stored(home)
+        record = stored_record(home)
         return base_of(home) if record is None else record.base
 
 

@@ -97,7 +97,8 @@ class LiveTable:
     """A head line and the running trials; notes scroll above."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(file=cast("IO[str]", LastingStream(sys.stderr)))
+        lasting = cast("IO[str]", LastingStream(sys.stderr))  # has what rich calls of a file
+        self._console = console or Console(file=lasting)
         self._live = Live(console=self._console, refresh_per_second=2, transient=True)
         self._live.start()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -74,7 +73,7 @@ def _rebuilt(home: Storage, run: Run, why: str, data: bytes) -> EarlierRecord:
 
 
 def changes_between(
-    config: dict[str, Any], run: Run, identity: Callable[[Run], dict[str, Any]]
+    config: dict[str, object], run: Run, identity: Callable[[Run], dict[str, object]]
 ) -> list[str]:
     """`key: before -> now` for everything of `identity` that must not change."""
     try:

@@ -6,13 +6,12 @@ import os
 import platform
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from rayft.cluster.interrupt import Interrupt
-from rayft.compose.job import AttemptJob, AttemptOutcome, ProgressEvent
+from rayft.compose.job import AttemptJob, AttemptOutcome, Item, Made, ProgressEvent
 from rayft.core.errors import InterruptedRun
 from rayft.core.process import remove_dead, temporary
 from rayft.training.failure import WorkerFailed, caught
@@ -83,7 +82,7 @@ def _group(backend: str) -> Generator[None]:
                     os.environ[name] = value
 
 
-def machine_hardware() -> dict[str, Any]:
+def machine_hardware() -> dict[str, object]:
     """What run.json says of this machine."""
     cuda = torch.cuda.is_available()
     return {
@@ -95,6 +94,6 @@ def machine_hardware() -> dict[str, Any]:
     }
 
 
-def map_in_process(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+def map_in_process(function: Callable[[Item], Made], items: Sequence[Item]) -> list[Made]:
     """A TaskMapper without Ray."""
     return [function(item) for item in items]

@@ -8,9 +8,9 @@ local folder of its own, and the state comes from rayft's commits.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any
 
 from ray.exceptions import RayError
@@ -29,6 +29,7 @@ from rayft.cluster.preflight import resources
 from rayft.compose.job import AttemptJob, AttemptOutcome, ProgressEvent
 from rayft.config.run import ScaleSpec
 from rayft.core.address import redact
+from rayft.core.background import in_background
 from rayft.core.process import temporary
 from rayft.training.control import DriverControl
 from rayft.training.failure import AttemptFailure, WorkerFailed, at_step, caught, first
@@ -92,7 +93,8 @@ def launch_attempt(
                 worker_runtime_env=_environment(),
             ),
         )
-        fit = _FitThread(trainer)
+        # Outside of the main thread Ray Train installs no signal handler of its own.
+        fit = in_background(lambda: trainer.fit().return_value, "rayft-fit")
         try:
             return _follow(fit, control, interrupt, heard)
         except RayError as error:  # Ray itself is in trouble: the control actor or the cluster
@@ -100,7 +102,7 @@ def launch_attempt(
         finally:
             if not interrupt.cut_off:  # else both would wait for a cluster that is gone
                 control.kill()
-                fit.join(LEAVE)
+                wait([fit], LEAVE)
 
 
 def _environment() -> dict[str, Any] | None:
@@ -110,34 +112,16 @@ def _environment() -> dict[str, Any] | None:
     return {"env_vars": passed_on()} if joined and passed_on() else None
 
 
-class _FitThread(threading.Thread):
-    """fit() outside of the main thread, where Ray Train installs no signal handler of its own."""
-
-    def __init__(self, trainer: TorchTrainer) -> None:
-        super().__init__(name="rayft-fit", daemon=True)
-        self._trainer = trainer
-        self.error: Exception | None = None
-        self.value: dict[str, Any] | None = None
-        self.start()
-
-    def run(self) -> None:
-        """Keeps the result or the error."""
-        try:
-            self.value = self._trainer.fit().return_value
-        except Exception as error:  # a thread has nobody to raise to; the main thread does it
-            self.error = error
-
-
 def _follow(
-    fit: _FitThread,
+    fit: Future[Any],
     control: DriverControl,
     interrupt: Interrupt,
     heard: Callable[[list[ProgressEvent]], int | None],
 ) -> AttemptOutcome:
     """Pass events on and signals down until the attempt ends."""
     told = False
-    while fit.is_alive():
-        fit.join(PERIOD)
+    while not fit.done():
+        wait([fit], PERIOD)
         heard(control.drain())
         if interrupt.forced:
             raise interrupt.ended(
@@ -148,14 +132,15 @@ def _follow(
             heard([ProgressEvent("warn", text=STOPPING)])
             told = True
     step = heard(control.drain())
-    if fit.error is not None:
-        raise WorkerFailed(_failure(fit.error, step)) from fit.error
-    if fit.value is None:
+    error = fit.exception()
+    if error is not None:
+        raise WorkerFailed(_failure(error, step)) from error
+    if fit.result() is None:
         raise RuntimeError("Ray Train returned nothing from rank 0")
-    return AttemptOutcome(**fit.value)
+    return AttemptOutcome(**fit.result())
 
 
-def _failure(error: Exception, step: int | None) -> AttemptFailure:
+def _failure(error: BaseException, step: int | None) -> AttemptFailure:
     """What made a fit() fail: the first failed rank, or Ray itself."""
     current = None if step is None else step + 1
     if isinstance(error, TrainingFailedError) and "worker_failures" in vars(error):

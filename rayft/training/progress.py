@@ -103,7 +103,8 @@ class LiveProgress:
     """A live line at the bottom; evaluations, saves and warnings scroll above it."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(file=cast("IO[str]", LastingStream(sys.stderr)))
+        lasting = cast("IO[str]", LastingStream(sys.stderr))  # has what rich calls of a file
+        self._console = console or Console(file=lasting)
         self._pace = StepPace()
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._live.start()

@@ -6,7 +6,7 @@ import platform
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ from rayft.core.errors import (
     StorageError,
     first_line,
 )
-from rayft.records.run_record import BestEvaluation, RunRecord, Status
+from rayft.records.run_record import RunRecord, Status
 from rayft.storage.folder import Storage
 from rayft.training.attempts import GiveUp, RetryAfter
 from rayft.training.earlier_record import RECORD, earlier_record
@@ -96,7 +96,7 @@ class RunState:
             f"beginning at step 0; {len(gone)} checkpoints are set aside, the rest is in {folder}"
         )
 
-    def begin(self, prepared: PreparedData, hardware: dict[str, Any]) -> None:
+    def begin(self, prepared: PreparedData, hardware: Mapping[str, object]) -> None:
         """Training is about to start; from here on run.json exists.
 
         Raises:
@@ -199,12 +199,8 @@ class RunState:
     def finish(self, outcome: AttemptOutcome) -> RunRecord:
         """The run reached its end, or a step boundary after a signal."""
         status: Status = "done" if outcome.status == "done" else "interrupted"
-        best = outcome.best and BestEvaluation(**outcome.best)
-        taken = ("tokens", "eval", "base", "peak_memory", "params_total", "params_trainable")
-        values = {name: vars(outcome)[name] for name in taken}
-        self._write(
-            status=status, steps=outcome.step, steps_total=outcome.steps_total, best=best, **values
-        )
+        self.record = self.record.advanced(outcome.progress, outcome.size)
+        self._write(status=status, peak_memory=outcome.peak_memory)
         return self.record
 
     def broke(self, error: BaseException) -> None:

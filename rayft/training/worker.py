@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import ray.train
 import ray.train.torch
@@ -49,7 +48,7 @@ class WatchedSignals:
         self._signals.progress(event)
 
 
-def work(config: dict[str, WorkerTask]) -> dict[str, Any]:
+def work(config: dict[str, WorkerTask]) -> dict[str, object]:
     """The Train function. Returns the fields of the AttemptOutcome.
 
     Raises:

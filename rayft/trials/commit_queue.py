@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rayft.checkpoint.writer import CheckpointWriter
 from rayft.core.shards import StateShard
@@ -21,7 +20,7 @@ class StateSnapshot:
 
     step: int
     shard: StateShard  # nobody changes its tensors any more
-    extra: dict[str, Any]
+    extra: dict[str, object]
     best: bool
 
 

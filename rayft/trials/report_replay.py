@@ -7,7 +7,7 @@ say it again; so its host does, before anything new.
 
 from __future__ import annotations
 
-from rayft.records.run_record import stored
+from rayft.records.run_record import stored_record
 from rayft.records.series import read_series
 from rayft.storage.folder import Storage
 from rayft.trials.types import TrialReport
@@ -30,7 +30,7 @@ def missed_reports(home: Storage, after: int, upto: int) -> list[TrialReport]:
     evaluated, trained = {}, {}
     for row in read_series(home):
         (evaluated if row.get("split") == "eval" else trained)[row["step"]] = row
-    record = stored(home)
+    record = stored_record(home)
     if record is None:  # whoever takes the trial makes it anew
         return []
     facts = {"params_trainable": float(record.params_trainable)}

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rayft.compose.assemble import advanced
 from rayft.compose.gradient_check import GroupMovement, no_gradient
 from rayft.compose.job import ProgressEvent
 from rayft.compose.loop import StepResult, StepSchedule, check_finite
@@ -184,7 +183,8 @@ class TrialSlot:
 
     def update(self, grads: Tensor, loss: float, norm: float) -> None:
         """Clip `grads` (size,), this trial's row, and do one optimizer step; nothing where loss or
-        norm is not finite."""
+        norm is not finite. strategies.optim.clip_gradients is the same for a run of its own; it
+        measures the norm itself, and here that would stop the device once per trial."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return
         clip = self.run.optim.clip
@@ -201,7 +201,7 @@ class TrialSlot:
     def write_record(self, status: Status, error: str = "") -> None:
         """run.json."""
         session = self.session
-        record = advanced(self.record, session.parts, session.progress)
+        record = self.record.advanced(session.progress, session.parts.size)
         seconds = round(session.seconds(), 3)
         self.record = replace(record, status=status, error=error, seconds=seconds)
         session.storage.write_text(RECORD, self.record.to_json())

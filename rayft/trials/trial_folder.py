@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from rayft.checkpoint.reader import names, remove
+from rayft.checkpoint.reader import folder_names, remove_commit
 from rayft.compose.job import AttemptJob
 from rayft.config.run import Run
-from rayft.records.run_record import RunRecord, stored
+from rayft.records.run_record import RunRecord, stored_record
 from rayft.storage.folder import Storage
 
 RECORD = "run.json"
@@ -16,8 +16,8 @@ RECORD = "run.json"
 
 def delete_checkpoints(storage: Storage) -> None:
     """Delete every checkpoint of a run."""
-    for name in names(storage):
-        remove(storage, name)
+    for name in folder_names(storage):
+        remove_commit(storage, name)
 
 
 def trial_record(
@@ -25,7 +25,7 @@ def trial_record(
 ) -> RunRecord:
     """run.json as it stands, or the first one; the attempt counted."""
     first = RunRecord(run.name, "running", run.resolved(), job.digest, seed=run.seed)
-    fresh = stored(storage) or first  # a damaged one: the commits know the trial's state
+    fresh = stored_record(storage) or first  # a damaged one: the commits know the trial's state
     return replace(
         fresh,
         config=run.resolved(),

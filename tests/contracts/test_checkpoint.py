@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rayft.checkpoint.reader import find_commit, load_commit, names
+from rayft.checkpoint.reader import find_commit, folder_names, load_commit
 from rayft.checkpoint.writer import CheckpointWriter
 from rayft.core.errors import StorageError
 from rayft.core.shards import ParamSlice, StateShard
@@ -118,7 +118,7 @@ def test_second_save_waits_for_the_first_and_is_counted(run, monkeypatch):
     writer.save(2, shard(2, 0, 1), {"rank": 0, "step": 2})
     assert writer.stats.waited == 1 and writer.stats.stall_seconds > quick + 0.5
     writer.wait(30)
-    assert names(run) == ["step-2-1", "step-1-1"]
+    assert folder_names(run) == ["step-2-1", "step-1-1"]
     assert_holds(find_commit(run), 1)
 
 
@@ -127,7 +127,7 @@ def test_object_store_round_trip_damage_and_retention(s3, monkeypatch):
     ranks = writers(run, 2)
     for step in (1, 2, 3):
         save(ranks, step)
-    assert names(run) == ["step-3-1", "step-2-1"]
+    assert folder_names(run) == ["step-3-1", "step-2-1"]
     assert_holds(find_commit(run))
     path = "checkpoints/step-3-1/rank-1.safetensors"
     data = bytearray(run.read_bytes(path))
@@ -155,7 +155,7 @@ def test_retention_keeps_the_newest_and_the_best(run):
     ranks = writers(run, 2, keep=1)
     for step in range(1, 7):
         save(ranks, step, best=step in (2, 3))
-    assert names(run) == ["step-6-1", "step-5-1", "step-3-1"]
+    assert folder_names(run) == ["step-6-1", "step-5-1", "step-3-1"]
     assert_holds(load_commit(run, "step-3-1"))
     assert load_commit(run, "step-6-1").record.parent == "step-5-1"
 
@@ -171,7 +171,10 @@ def test_leftovers_go_when_nobody_can_write_them(run):
         ranks[0].wait(30)  # attempt 3 is running: this one is fenced off
     run.delete("checkpoints/step-1-3")
     save(ranks, 4)
-    assert names(run) == ["step-9-2", "step-4-2"]  # this attempt's future step is not its to judge
+    assert folder_names(run) == [
+        "step-9-2",
+        "step-4-2",
+    ]  # this attempt's future step is not its to judge
 
 
 def test_two_attempts_never_mix(run):
@@ -202,7 +205,7 @@ def test_readers_that_may_not_write_leave_bad_ones_alone(run):
     save(ranks, 2)
     run.write_text("checkpoints/step-2-1/COMMIT.json", "{}")
     assert find_commit(run, set_bad_aside=False).step == 1
-    assert names(run) == ["step-2-1", "step-1-1"]
+    assert folder_names(run) == ["step-2-1", "step-1-1"]
 
 
 def test_ranks_write_at_the_same_time(run):

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rayft.checkpoint.manifest import BadCommit, CommitRecord, parse_manifest
-from rayft.checkpoint.reader import find_commit, load_commit, names
+from rayft.checkpoint.reader import find_commit, folder_names, load_commit
 from rayft.core.errors import StorageError
 from rayft.storage import failpoints
 from rayft.storage.folder import Storage
@@ -73,8 +73,11 @@ def test_kill_at_every_write_leaves_a_whole_checkpoint(tmp_path):
         if nth == 1:  # the next attempt goes on, and cleans up
             save(writers(run, 2, attempt=3), 9)
             assert_holds(find_commit(run))
-            assert len([n for n in names(run) if run.exists(f"checkpoints/{n}/COMMIT.json")]) == 2
-            assert all(run.exists(f"checkpoints/{n}/COMMIT.json") for n in names(run))
+            assert (
+                len([n for n in folder_names(run) if run.exists(f"checkpoints/{n}/COMMIT.json")])
+                == 2
+            )
+            assert all(run.exists(f"checkpoints/{n}/COMMIT.json") for n in folder_names(run))
         shutil.rmtree(folder)
     assert found == {1, 2, 3, 4}
 
@@ -173,7 +176,7 @@ def test_damage_anywhere_is_found_and_the_previous_is_used(two_commits, file, wh
     assert commit.step == 1
     assert_holds(commit)
     assert (folder / "checkpoints" / ".bad" / "step-2-1" / file).exists()
-    assert names(run) == ["step-1-1"]
+    assert folder_names(run) == ["step-1-1"]
     shutil.rmtree(folder)
 
 

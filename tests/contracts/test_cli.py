@@ -17,7 +17,8 @@ from rayft.config.load import load
 from rayft.config.run import Run
 from rayft.core import errors
 from rayft.core.errors import ConfigError, RayftError, StorageError
-from rayft.records.run_record import BestEvaluation, RunRecord
+from rayft.records.run_progress import BestEvaluation
+from rayft.records.run_record import RunRecord
 
 ROOT = Path(__file__).parents[2]
 QLORA = "experiments/quickstart/qlora.yaml"

@@ -12,10 +12,17 @@ from typing import Any
 import pytest
 from pyarrow.fs import LocalFileSystem
 
-from rayft.records.ledger import LEDGER, LedgerContents, LedgerTrial, fold, read_ledger, sound
-from rayft.records.run_record import BestEvaluation, RunRecord
-from rayft.records.series import METRICS, gaps, read_series
-from rayft.records.series import sound as of_a_series
+from rayft.records.ledger import (
+    LEDGER,
+    LedgerContents,
+    LedgerTrial,
+    fold,
+    is_ledger_row,
+    read_ledger,
+)
+from rayft.records.run_progress import BestEvaluation
+from rayft.records.run_record import RunRecord
+from rayft.records.series import METRICS, is_series_row, missing_lines, read_series
 from rayft.report import build
 from rayft.storage.backends import ObjectBackend
 from rayft.storage.folder import Storage
@@ -35,7 +42,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 
 def trials_of(data: bytes) -> LedgerContents:
-    found = read_lines([data], sound)
+    found = read_lines([data], is_ledger_row)
     return fold(found.rows, LedgerContents(damage=found.damage))
 
 
@@ -91,10 +98,10 @@ def test_no_bit_of_a_ledger_changes_a_number_without_a_word(ledger: bytes) -> No
 
 
 def test_no_bit_of_a_series_changes_a_number_without_a_word(series: bytes) -> None:
-    draw, whole = random.Random(8), read_lines([series], of_a_series)
+    draw, whole = random.Random(8), read_lines([series], is_series_row)
     assert len(whole.rows) == 19 and whole.last == 19 and not whole.damage
     for bit in draw.sample(range(len(series) * 8), FLIPS):
-        found = read_lines([flipped(series, bit)], of_a_series)
+        found = read_lines([flipped(series, bit)], is_series_row)
         assert found.damage or found.rows == whole.rows, bit
         assert all(row in whole.rows for row in found.rows), bit
 
@@ -128,7 +135,7 @@ def test_larger_damage_is_told_too_or_does_none(ledger: bytes, series: bytes) ->
             for trial in book.trials.values():
                 assert reports_of(trial) <= reports_of(whole.trials[trial.id]), name
         for name, data in damages(series, draw):
-            found = read_lines([data], of_a_series)
+            found = read_lines([data], is_series_row)
             assert all(row in rows for row in found.rows), name
             assert found.damage or sorted(map(str, found.rows)) == sorted(map(str, rows)), name
 
@@ -208,7 +215,7 @@ def test_damage_that_checksums_cannot_tell_ends_in_no_keyerror(
     assert trials_of(keyless).damage[0].first == 1
     bare = old(series)
     for bit in draw.sample(range(len(bare) * 8), 1000):
-        for row in read_lines([flipped(bare, bit)], of_a_series).rows:
+        for row in read_lines([flipped(bare, bit)], is_series_row).rows:
             assert isinstance(row["step"], int) and isinstance(row["loss"], int | float)
 
 
@@ -285,14 +292,14 @@ def test_metrics_that_lost_their_end_are_told(what: str, tmp_path: Path) -> None
     home, file = Storage.open(str(tmp_path)), tmp_path / METRICS
     write_series(home)
     whole = file.read_bytes()
-    assert gaps(home, 19) == []
+    assert missing_lines(home, 19) == []
     left: dict[str, Callable[[], Any]] = {
         "cut": lambda: file.write_bytes(whole[: whole.find(b"\n", 400) + 1]),
         "zeroed": lambda: file.write_bytes(b"\0" * len(whole)),
         "gone": file.unlink,
     }
     left[what]()
-    (said,) = gaps(home, 19)
+    (said,) = missing_lines(home, 19)
     assert "of the 19 lines it had: its curve has a gap" in said
     assert (read_series(home) == []) == (what != "cut")
 

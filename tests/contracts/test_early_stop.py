@@ -9,7 +9,7 @@ import time
 import pytest
 
 from rayft.checkpoint import writer as checkpoint
-from rayft.checkpoint.reader import find_commit, names
+from rayft.checkpoint.reader import find_commit, folder_names
 from rayft.core.errors import StorageError
 from rayft.storage import failpoints
 from rayft.storage.folder import Storage
@@ -77,7 +77,7 @@ def test_nobody_waits_for_the_files_of_a_trial_that_leaves(lab, gathering, keep)
     gone.result(20)
     home = home_of(lab.run("stopped", where=where))
     assert record(lab.run("stopped", where=where)).status == "interrupted"
-    assert [name for name in names(home)] == (["step-1-1x0"] if keep else [])
+    assert [name for name in folder_names(home)] == (["step-1-1x0"] if keep else [])
     pack.close()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayft.checkpoint.reader import find_commit, names
+from rayft.checkpoint.reader import find_commit, folder_names
 from rayft.compose.offline import evaluate_run, export_run
 from rayft.core.errors import ConfigError, InfeasibleError
 from rayft.trials.pack import Pack
@@ -72,7 +72,7 @@ def test_joining_and_leaving_change_nothing_for_those_who_stay(lab):
         lab.solo(alone)
         assert losses(ours) == pytest.approx(losses(alone), rel=1e-5)
     left = lab.run("first-out", where="moved")
-    assert record(left).status == "interrupted" and not names(home_of(left))
+    assert record(left).status == "interrupted" and not folder_names(home_of(left))
     assert len(losses(left)) == 2
 
 
@@ -175,7 +175,7 @@ def test_a_trial_that_is_done_leaves_its_best_step(lab):
     assert kept.status == "done" and kept.steps == 8
     assert best.step < 8, "the case must overshoot"
     assert (kept.best.step, kept.best.metric) == (best.step, best.metrics["eval_loss"])
-    assert kept.best.checkpoint in names(home_of(run))
+    assert kept.best.checkpoint in folder_names(home_of(run))
     wanted = {"loss", "base_loss", "tokens", "seconds", "params_trainable", "memory", "eval_ppl"}
     assert wanted <= told[-1].metrics.keys()
     assert told[-1].metrics["base_loss"] == pack.base["eval_loss"]
@@ -186,7 +186,7 @@ def test_a_loss_far_above_the_start_is_diverged(lab):
     told = finish(lab.pack(run, lab.run("near"), divergence=1.01))[0]
     assert (told.trial, told.status, told.step) == ("far", "diverged", 2)
     assert "1.01 times the base model's" in told.error
-    assert record(run).status == "diverged" and not names(home_of(run))
+    assert record(run).status == "diverged" and not folder_names(home_of(run))
     assert record(lab.run("near")).status == "done"
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rayft.core.errors import StorageError
-from rayft.records.series import latest, read_series
+from rayft.records.series import latest_rows, read_series
 from rayft.storage import failpoints
 from rayft.storage.folder import Storage, probe
 from rayft.storage.jsonl import LineAppender, read_jsonl
@@ -145,7 +145,7 @@ def test_steps_logged_again_replace_the_earlier_rows(tmp_path):
         log.append({"note": "belongs to no step"})
     rows = [(row["step"], row["split"], row["loss"]) for row in read_series(run)]
     assert rows == [(1, "train", 9.0), (2, "train", 1.0), (2, "eval", 5.0), (3, "train", 2.0)]
-    assert latest([]) == []
+    assert latest_rows([]) == []
 
 
 @pytest.mark.parametrize("point", [p for p in failpoints.POINTS if p.startswith("storage.write.")])

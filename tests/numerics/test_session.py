@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rayft.checkpoint.folders import names, order
+from rayft.checkpoint.folders import folder_names, folder_order
 from rayft.checkpoint.reader import find_commit
 from rayft.compose.assemble import assemble
 from rayft.compose.data import open_corpus, prepare_data
@@ -24,7 +24,8 @@ from rayft.config.load import load
 from rayft.config.run import Run
 from rayft.core.errors import ConfigError, RayftError, StorageError
 from rayft.models.chunked import LogitMap
-from rayft.records.run_record import BestEvaluation, RunRecord
+from rayft.records.run_progress import BestEvaluation
+from rayft.records.run_record import RunRecord
 from rayft.storage.folder import Storage
 from rayft.storage.jsonl import read_jsonl
 from rayft.storage.lease import LEASE, RENEW, Lease, LeaseHolder, LeaseWatch
@@ -110,7 +111,7 @@ def test_the_best_evaluation_is_the_lowest_and_never_nan(tmp_path, monkeypatch):
     losses = (1.0, float("nan"), 3.0, 4.0, float("nan"), 2.0, 2.5)  # step 0 is the base
     taken = [evaluated(one, step, loss, monkeypatch) for step, loss in enumerate(losses)]
     assert taken == [False, False, True, False, False, True, False]
-    assert one.progress.best == {"step": 5, "metric": 2.0, "checkpoint": "step-5-1a"}
+    assert one.progress.best == BestEvaluation(5, 2.0, "step-5-1a")
     one.abandon()
 
 
@@ -121,7 +122,7 @@ def test_an_export_tells_the_numbers_of_its_own_step(tmp_path, monkeypatch):
         one.progress.step, one.progress.tokens = step, 10 * step
         one.save(step, evaluated(one, step, loss, monkeypatch))
     one.finish()
-    best = BestEvaluation(**one.progress.best)
+    best = one.progress.best
     record = RunRecord(
         "small", "done", one.parts.run.resolved(), "", eval={"eval_loss": 3.0}, best=best, steps=4
     )
@@ -241,7 +242,7 @@ def done(finished, tmp_path) -> tuple[Run, Path]:
 
 
 def commits(home: Path) -> list[str]:
-    return [name for name in names(Storage.open(str(home)))]
+    return [name for name in folder_names(Storage.open(str(home)))]
 
 
 RECORDS = {
@@ -281,7 +282,7 @@ def test_attempts_are_numbered_behind_the_checkpoints(done):
     (home / "run.json").unlink()
     record = train(run)
     assert (record.status, record.attempts) == ("done", 8)
-    assert [order(name)[:2] for name in commits(home)] == [(4, 8), (2, 1)]
+    assert [folder_order(name)[:2] for name in commits(home)] == [(4, 8), (2, 1)]
 
 
 def test_commits_of_another_config_are_refused_without_run_json(done):

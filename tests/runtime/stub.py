@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from rayft.compose.job import AttemptOutcome, PreparedData, ProgressEvent
 from rayft.core.errors import DivergedError
+from rayft.records.run_progress import RunProgress, RunSize
 
 SECONDS = 0.02  # per step
 
@@ -59,7 +60,8 @@ def execute(job, rank, world, device, signals):
         signals.progress(ProgressEvent("step", step, numbers=numbers, lr={"all": 1e-3}))
         if step % every == 0 or step == total:
             save(folder, rank, step, signals)
-    return AttemptOutcome(status, step, total, 10 * step, {"eval_loss": 1.0}, {"eval_loss": 2.0})
+    progress = RunProgress(step, 10 * step, base={"eval_loss": 2.0}, eval={"eval_loss": 1.0})
+    return AttemptOutcome(status, progress, RunSize(total))
 
 
 def save(folder, rank, step, signals):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from rayft.core.errors import (
     RayftError,
     StorageError,
 )
+from rayft.records.run_progress import BestEvaluation, RunProgress, RunSize
 from rayft.records.run_record import RunRecord
 from rayft.training.driver import train
 
@@ -45,6 +47,20 @@ def test_a_run_in_process_needs_no_ray(a_run):
     )
     run = a_run(**ALONE).model_dump_json()
     subprocess.run([sys.executable, "-c", code, run], check=True, timeout=100)
+
+
+def test_a_record_takes_over_all_of_a_progress():
+    """A field that is added to a progress or a size must reach run.json too."""
+    progress = RunProgress(3, 30, 2.5, {"eval_loss": 2.0}, {"eval_loss": 1.0})
+    progress.best = BestEvaluation(2, 0.5, "step-2-1a")
+    kept = json.loads(json.dumps(asdict(progress)))
+    assert RunProgress.from_json(kept) == progress
+    record = asdict(RunRecord("r", "running", {}, "h").advanced(progress, RunSize(8, 100, 10)))
+    assert kept.pop("step") == record["steps"]
+    assert kept.pop("seconds") and record["seconds"] == 0.0  # the caller's
+    assert kept | asdict(RunSize(8, 100, 10)) == {
+        name: record[name] for name in (*kept, *asdict(RunSize(8)))
+    }
 
 
 def test_record_of_a_finished_run(a_run):

@@ -18,6 +18,7 @@ from rayft.compose import execute as engine
 from rayft.compose.job import AttemptOutcome
 from rayft.config.run import Run
 from rayft.core.errors import PermanentStorageError
+from rayft.records.run_progress import RunProgress, RunSize
 from rayft.storage import lease
 from rayft.training.driver import train
 from tests.contracts.disks import fill, mounted, small_disk
@@ -105,7 +106,7 @@ def test_a_lease_in_a_folder_that_vanished_is_no_takeover(tmp_path, monkeypatch)
         while not signals.stop_requested():
             assert time.monotonic() < end, "nobody noticed"
             time.sleep(0.01)
-        return AttemptOutcome("interrupted", 0, 60, 0)
+        return AttemptOutcome("interrupted", RunProgress(), RunSize(60))
 
     with pytest.raises(PermanentStorageError, match="runs/r is gone") as caught:
         train(run, engine=execute)

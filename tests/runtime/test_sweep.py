@@ -22,7 +22,7 @@ from rayft.config.load import load
 from rayft.config.space import applied
 from rayft.core.errors import DivergedError, InUseError, RayftError
 from rayft.records.ledger import read_ledger
-from rayft.records.run_record import RunRecord, SweepRecord, stored
+from rayft.records.run_record import RunRecord, SweepRecord, stored_record
 from rayft.storage import lease
 from rayft.storage.folder import Storage
 from rayft.sweeps.driver import sweep
@@ -114,7 +114,7 @@ def test_trials_that_read_other_tokens_get_their_own_data(tmp_path):
     for trial in read_ledger(home(tmp_path)).trials.values():
         own = applied(run, trial.params, name=trial.id)
         mapper = lambda function, items: [function(item) for item in items]  # noqa: E731
-        record = stored(home(tmp_path).child("trials", trial.id))
+        record = stored_record(home(tmp_path).child("trials", trial.id))
         assert record.data_hash == prepare_data(own, mapper).hash
         hashes.add(record.data_hash)
         tokens.add(trial.reports[-1].metrics["tokens"])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from rayft.checkpoint.folders import names
+from rayft.checkpoint.folders import folder_names
 from rayft.cluster.connect import Node
 from rayft.config.load import load
 from rayft.config.space import applied
@@ -248,8 +248,8 @@ def test_a_trial_that_the_ledger_forgot_keeps_its_parameters(how, book):
     made = again(book)
     assert made.ledger.trials["t0001"].params == {"optim.lr": 1e-3}
     assert set(made.ledger.trials) == {"t0001"}
-    assert names(book.home.child("trials/t0001")) == ["step-20-100001xa"]
-    assert names(book.home.child("trials/t0002")) == []
+    assert folder_names(book.home.child("trials/t0001")) == ["step-20-100001xa"]
+    assert folder_names(book.home.child("trials/t0002")) == []
     made.close()
 
 
