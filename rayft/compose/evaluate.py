@@ -31,7 +31,7 @@ def evaluate(
     with engine.evaluating():
         for batch in batches:
             by_task = replace(batch, trial=batch.task)  # the reduction groups by trial: here, tasks
-            totals += counts(objective, [by_task], trials=len(tasks))
+            totals += counts(objective, [by_task.facts()], trials=len(tasks))
             moved = batch.to(engine.device)
             one = torch.ones(batch.rows, device=engine.device)
             ones = dict.fromkeys(objective.terms, one)

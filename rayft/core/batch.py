@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from rayft.core.row_facts import RowFacts
 
 IGNORE = -100  # the label of a position that is not trained, as in torch's cross_entropy
 
@@ -33,6 +36,7 @@ class Batch:
     task: Tensor  # (B,) int64, index into the run's task names
     trial: Tensor  # (B,) int64, slot of a pack; 0 in a solo run
     packed: bool  # True: rows may hold several documents, attention must not cross them
+    predicting: Tensor | None = None  # (N,) int64, `trained_positions` of a batch that was moved
 
     @property
     def rows(self) -> int:
@@ -47,17 +51,29 @@ class Batch:
         """(B,) float64: trained targets per row. float64 counts exactly and sums exactly."""
         return (self.targets() != IGNORE).sum(dim=1).to(torch.float64)
 
+    def facts(self) -> RowFacts:
+        """What an objective counts from; of a batch in host memory."""
+        return RowFacts(self.tokens(), self.lengths, self.task, self.trial)
+
+    def trained_positions(self) -> Tensor:
+        """(N,) int64: where in the flattened (B T) positions something is predicted. How many
+        there are the host must know: looking for them on a device would make it wait."""
+        if self.predicting is not None:
+            return self.predicting
+        following = functional.pad(self.targets(), (0, 1), value=IGNORE).flatten()
+        return (following != IGNORE).nonzero().squeeze(1)
+
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        moved = {
-            name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()
-        }
-        return replace(self, **moved)
+        """The same batch on `device`; the host does not wait."""
+        found = replace(self, predicting=self.trained_positions())
+        return replace(
+            found, **{name: to_device(each, device) for name, each in found.tensors().items()}
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name; wrappers (DDP, DeepSpeed) carry plain dicts of tensors
         best."""
-        return {
+        tensors = {
             "input_ids": self.input_ids,
             "labels": self.labels,
             "position_ids": self.position_ids,
@@ -65,3 +81,12 @@ class Batch:
             "task": self.task,
             "trial": self.trial,
         }
+        return tensors if self.predicting is None else tensors | {"predicting": self.predicting}
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. A copy from pageable memory waits until the GPU has done all that was
+    asked of it before, whatever `non_blocking` says; one from pinned memory does not."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

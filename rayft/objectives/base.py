@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rayft.core.batch import Batch
 from rayft.core.protocols import Policy
+from rayft.core.row_facts import RowFacts
 
 NLL = "nll"
 
@@ -17,9 +18,9 @@ class NextToken:
 
     terms: tuple[str, ...] = (NLL,)
 
-    def count(self, batch: Batch) -> dict[str, Tensor]:
-        """{"nll": (B,) float64} trained tokens per row."""
-        return {NLL: batch.tokens()}
+    def count(self, rows: RowFacts) -> dict[str, Tensor]:
+        """{"nll": (n,) float64} trained tokens per row."""
+        return {NLL: rows.trained}
 
     def loss(self, policy: Policy, batch: Batch, scale: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"nll": (B,) float32} summed negative log-likelihood per row, in nats."""

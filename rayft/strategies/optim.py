@@ -145,17 +145,31 @@ def grad_norm(params: Iterable[nn.Parameter]) -> Tensor:
 
 def clipped_step(
     optimizer: torch.optim.Optimizer, params: list[nn.Parameter], clip: float | None
-) -> float:
-    """Clip the gradients of replicated `params` to global norm `clip` and update; the norm before.
+) -> Tensor:
+    """Clip the gradients of replicated `params` to global norm `clip` and update; the norm before,
+    a scalar.
 
     A non-finite norm (any NaN or infinity in any gradient) leaves parameters and moments as they
     were. Gradients are zeroed either way.
     """
-    norm = grad_norm(params)
-    value = float(norm)
-    if math.isfinite(value):
-        if clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
+    norm = clip_gradients(optimizer, params, clip)
+    if isinstance(optimizer, torch.optim.AdamW) or math.isfinite(float(norm)):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return value
+    return norm
+
+
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, params: list[nn.Parameter], clip: float | None
+) -> Tensor:
+    """Clip as above; the norm before. The next step of a fused AdamW does nothing where it is not
+    finite: it asks on the device, so the host does not wait (torch.amp.GradScaler tells it the same
+    way). The 8-bit optimizers of bitsandbytes cannot ask."""
+    norm = grad_norm(params)
+    if clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
+    if isinstance(optimizer, torch.optim.AdamW):
+        found = torch.isfinite(norm).logical_not().float()
+        # torch.optim reads this attribute at every step and declares it nowhere
+        optimizer.found_inf = found  # pyright: ignore[reportAttributeAccessIssue]
+    return norm

@@ -27,7 +27,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import math
 import os
 import warnings
 from collections.abc import Generator, Iterator, Mapping
@@ -44,7 +43,13 @@ from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError, InfeasibleError, RayftError
 from rayft.core.protocols import ParamGroup
 from rayft.core.shards import ShardReader, StateShard
-from rayft.strategies.optim import assert_groups, build_optimizer, grad_norm, read_lrs, set_lrs
+from rayft.strategies.optim import (
+    assert_groups,
+    build_optimizer,
+    clip_gradients,
+    read_lrs,
+    set_lrs,
+)
 from rayft.strategies.slices import trained
 from rayft.strategies.zero_config import deepspeed_config
 from rayft.strategies.zero_state import (
@@ -247,8 +252,9 @@ class ZeroEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world, scale_wrt_gas=False)
 
-    def step(self, lrs: Mapping[str, float]) -> float:
-        """Clip, update, zero; the gradient norm before clipping, inf where it is not finite."""
+    def step(self, lrs: Mapping[str, float]) -> Tensor:
+        """Clip, update, zero; the gradient norm before clipping, on the device. From stage 1 on
+        DeepSpeed itself makes the host wait for it."""
         set_lrs(self._optimizer, lrs)
         if self._stage == 0:
             return self._step_replicas()
@@ -256,19 +262,13 @@ class ZeroEngine:
         norm = self._engine.get_global_grad_norm()
         if norm is None:
             raise RayftError("DeepSpeed gives no gradient norm after a step")
-        return float(norm)
+        return torch.as_tensor(norm, device=self.device)
 
-    def _step_replicas(self) -> float:
+    def _step_replicas(self) -> Tensor:
         """Stage 0 is torch's own optimizer on whole gradients: the norm is ours to check."""
-        params = list(self._named.values())
-        norm = grad_norm(params)
-        if not math.isfinite(float(norm)):
-            self._engine.zero_grad()
-            return math.inf
-        if self._clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(params, self._clip, norm)
+        norm = clip_gradients(self._optimizer, list(self._named.values()), self._clip)
         self._engine.step()
-        return float(norm)
+        return norm
 
     def lrs(self) -> dict[str, float]:
         """Learning rates by group name."""

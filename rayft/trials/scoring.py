@@ -36,7 +36,7 @@ class HeldOut:
         with model.evaluating():
             for batch in self.batches:
                 by_task = replace(batch, trial=batch.task)  # the reduction groups by trial
-                totals += counts(objective, [by_task], trials=tasks)
+                totals += counts(objective, [by_task.facts()], trials=tasks)
                 # never more at once than training, which keeps activations too
                 fit = max(1, model.most_tokens // batch.input_ids.numel())
                 for first in range(0, len(adapters), fit):
