@@ -10,7 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayft import objectives
+from rayft.config.objectives import LmSpec, SftSpec
 from rayft.core.batch import IGNORE
+from rayft.core.reduce import counts
 from rayft.data.collate import collate
 from rayft.data.stream import EvalSet, TrainStream, split_rows
 from rayft.data.table import TableCounts, TokenTable
@@ -83,6 +86,36 @@ def test_any_split_sees_the_same_step(packing, world, micro, size, step):
     assert tokens_of(mine) == tokens_of(alone.window(step, 0, 1))
     targets = sum(float(batch.tokens().sum()) for batch in mine)
     assert targets == float(alone.window(step, 0, 1)[0].tokens().sum())
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@settings(deadline=None)  # machines under load
+@given(
+    world=st.integers(1, 5),
+    micro=st.integers(1, 9),
+    size=st.integers(1, 20),
+    step=st.integers(1, 14),
+    weights=st.sampled_from([(1.0, 1.0), (0.5, 1.25)]),
+    epochs=st.sampled_from([None, 0.3, 1.0]),
+)
+def test_the_facts_of_a_step_are_those_of_the_batches_of_all_ranks(
+    packing, world, micro, size, step, weights, epochs
+):
+    """Row by row, and so every count; a step at the end of the data, and none after it, too."""
+    source = stream(
+        packing=packing, global_batch=size, micro_batch=micro, weights=weights, epochs=epochs
+    )
+    facts = source.facts(step)
+    batches = [batch.facts() for batch in all_ranks(source, step, world)]
+    wanted: Counter = Counter()
+    for each in batches:
+        wanted.update(zip(*(values.tolist() for values in vars(each).values()), strict=True))
+    dummies = {row: wanted.pop(row) for row in list(wanted) if not row[1]}
+    assert all(row == (0, 0, 0, 0) for row in dummies)  # they count nothing
+    assert Counter(zip(*(v.tolist() for v in vars(facts).values()), strict=True)) == wanted
+    for kind in (LmSpec, SftSpec):
+        objective = objectives.build(kind())
+        assert torch.equal(counts(objective, [facts]), counts(objective, batches))
 
 
 @pytest.mark.parametrize("packing", [False, True])
