@@ -163,7 +163,9 @@ def train_cell(cell: Cell, run: Run, rank: int, world: int) -> dict[str, Any]:
     frozen, stepper = _frozen(parts), stepper_of(parts)
     start = {name: tensor.clone() for name, tensor in parts.engine.full()}
     base = _held_out(parts)
-    trained = [stepper.run(step, False) for step in range(1, STEPS + 1)]
+    trained = [
+        stepper.run(step, lambda: False, more=step < STEPS)[0] for step in range(1, STEPS + 1)
+    ]
     moved = [name for name, now in parts.engine.full() if not torch.equal(now, start[name])]
     tuned = _held_out(parts)
     session.progress.step = STEPS
@@ -173,7 +175,7 @@ def train_cell(cell: Cell, run: Run, rank: int, world: int) -> dict[str, Any]:
     other = RunSession(job, again, home, Silent(), 0.0)
     commit = other.restore()
     found = {
-        "losses": [one.loss if one else math.nan for one in trained],
+        "losses": [one.loss for one in trained],
         "declared": sorted(start),
         "moved": sorted(moved),
         "base kept": _frozen(parts) == frozen,

@@ -225,7 +225,7 @@ def run_step(
             loss = loss * float("inf")
         engine.backward(loss, last=index == len(window) - 1)
     check.after_backward(step)
-    norm = engine.step(lrs)
+    norm = float(engine.step(lrs))
     if math.isfinite(norm):
         check.after_update(step, engine.lrs(), count)
     return float(sum_over_ranks(total, CPU)), norm

@@ -1,8 +1,8 @@
 """The training loop. It sees terms, counts, groups and hooks; never the name of a technique.
 
-One step: take this rank's micro-batches, add up the counts over micro-batches and ranks, then run
-forward and
-backward with every row already divided by its global count, then one optimizer step.
+One step: take this rank's micro-batches, and the counts of the rows of all ranks, which the data
+alone says; run forward and backward with every row already divided by its global count, then one
+optimizer step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from rayft.compose.gradient_check import GradientCheck, dead_graphs_named
 from rayft.core.batch import Batch
 from rayft.core.errors import DivergedError
 from rayft.core.protocols import BatchStream, Engine, Method, Objective
-from rayft.core.reduce import counts, reduce_rows, scales, sum_over_ranks
+from rayft.core.reduce import RankSum, counts, reduce_rows, scales
 from rayft.records.run_progress import RunProgress
 
 
@@ -47,7 +47,8 @@ def check_finite(step: int, loss: float, norm: float) -> None:
 
 @dataclass(frozen=True)
 class StepRunner:
-    """Runs single optimizer steps."""
+    """Runs single optimizer steps, each with one all-reduce beside those of the gradients, and one
+    look at the device, at its end (DeepSpeed looks at its norm by itself)."""
 
     engine: Engine
     objective: Objective
@@ -55,14 +56,13 @@ class StepRunner:
     lrs: Callable[[int], Mapping[str, float]]  # step (1-based) -> learning rate by group name
     check: GradientCheck
     methods: tuple[Method, ...] = ()
+    ahead: dict[int, list[Batch]] = field(default_factory=dict)  # {step: its window}, one at most
 
-    def run(self, step: int, stop: bool) -> StepResult | None:
-        """One step; None, and nothing done, when any rank asked for a stop."""
+    def run(self, step: int, stop: Callable[[], bool], *, more: bool) -> tuple[StepResult, bool]:
+        """One step, and whether any rank wants to stop after it. `more`: another one follows."""
         engine = self.engine
-        window = self.stream.window(step, engine.rank, engine.world)
-        totals, tokens, seen, stopped = self._totals(window, stop)
-        if stopped:
-            return None
+        window, facts = self._window(step), self.stream.facts(step)
+        totals = counts(self.objective, [facts])
         for method in self.methods:
             method.before(step, engine.full)
         loss = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -70,32 +70,24 @@ class StepRunner:
             for index, batch in enumerate(window):
                 loss += self._micro(batch, totals, last=index == len(window) - 1)
         self.check.after_backward(step)
+        if more:  # a GPU still works through the backward passes
+            self.ahead[step + 1] = self._window(step + 1)
+        # On its way while the optimizer works. The flag travels with the loss, so every rank leaves
+        # the loop at the same step.
+        shared = RankSum.begun(torch.stack([loss, torch.full_like(loss, float(stop()))]))
         norm = engine.step(self.lrs(step))
-        loss = float(sum_over_ranks(loss, engine.device))
-        check_finite(step, loss, norm)
+        numbers = torch.cat([shared.finished(), norm.double().view(1)])
+        total, stops, value = numbers.tolist()  # the one time a step waits for the device
+        check_finite(step, total, value)
+        tokens, seen = int(facts.trained.sum()), int(facts.lengths.sum())
         self.check.after_update(step, engine.lrs(), tokens)
-        return StepResult(loss, norm, engine.lrs(), tokens, seen)
+        return StepResult(total, value, engine.lrs(), tokens, seen), stops > 0
 
-    def _totals(self, window: list[Batch], stop: bool) -> tuple[Tensor, int, int, bool]:
-        """Global (terms, trials) counts, trained and seen tokens, and whether any rank wants to
-        stop.
-
-        One all-reduce for all of them: the stop flag travels with the counts, so every rank leaves
-        the loop at the same step.
-        """
-        own = counts(self.objective, window)
-        extra = torch.tensor(
-            [
-                sum(float(batch.tokens().sum()) for batch in window),
-                sum(float(batch.lengths.sum()) for batch in window),
-                float(stop),
-            ],
-            dtype=torch.float64,
-        )
-        summed = sum_over_ranks(torch.cat([own.flatten(), extra]), self.engine.device)
-        totals = summed[: own.numel()].view_as(own)
-        tokens, seen, stopped = summed[own.numel() :].tolist()
-        return totals, int(tokens), int(seen), stopped > 0
+    def _window(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of `step`."""
+        if step in self.ahead:
+            return self.ahead.pop(step)
+        return self.stream.window(step, self.engine.rank, self.engine.world)
 
     def _micro(self, batch: Batch, totals: Tensor, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; this rank's part of the loss, on the
@@ -139,18 +131,21 @@ def train(
     stepper: StepRunner, schedule: StepSchedule, progress: RunProgress, hooks: LoopHooks
 ) -> str:
     """Run from progress.step to the end; "done" or "interrupted". Both leave a saved state
-    behind."""
+    behind.
+
+    Whether to stop is asked once per step, when its gradients are there: a stop asked for up to
+    then ends the loop after this step, one asked for before the first step too.
+    """
     while progress.step < schedule.total:
         began = time.perf_counter()
         step = progress.step + 1
-        result = stepper.run(step, hooks.stop())
-        if result is None:
-            hooks.save(progress.step, False)
-            return "interrupted"
+        result, stopping = stepper.run(step, hooks.stop, more=step < schedule.total)
         progress.step = step
         progress.tokens += result.tokens
         hooks.log(step, result, time.perf_counter() - began)
         best = schedule.evaluates(step) and hooks.evaluate(step)
-        if best or schedule.saves(step):
+        if best or stopping or schedule.saves(step):
             hooks.save(step, best)
+        if stopping and step < schedule.total:
+            return "interrupted"
     return "done"

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rayft.core.row_facts import RowFacts
+
 IGNORE = -100  # the label of a position that is not trained, as in torch's cross_entropy
 COLUMN = "column."  # before a column's name, where tensors travel as one plain dict
 
@@ -71,6 +73,7 @@ class Batch:
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # (B,) or (B, T), by Column.name
     part: int = 0  # of the objective that all its rows belong to; 0 where it has one part
     declared: tuple[Column, ...] = ()  # `columns`, as the table has them; wrappers leave it behind
+    predicting: Tensor | None = None  # (N,) int64, `trained_positions` of a batch that was moved
 
     @property
     def rows(self) -> int:
@@ -85,10 +88,24 @@ class Batch:
         """(B,) float64: trained targets per row. float64 counts exactly and sums exactly."""
         return (self.targets() != IGNORE).sum(dim=1).to(torch.float64)
 
+    def facts(self) -> RowFacts:
+        """What an objective counts from; of a batch in host memory."""
+        columns = {one.name: self.columns[one.name] for one in self.declared if one.per == "row"}
+        return RowFacts(self.tokens(), self.lengths, self.task, self.trial, columns)
+
+    def trained_positions(self) -> Tensor:
+        """(N,) int64: where in the flattened (B T) positions something is predicted. How many
+        there are the host must know: looking for them on a device would make it wait."""
+        if self.predicting is not None:
+            return self.predicting
+        following = functional.pad(self.targets(), (0, 1), value=IGNORE).flatten()
+        return (following != IGNORE).nonzero().squeeze(1)
+
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        tensors, numbers = self.inputs()
-        moved = {name: one.to(device, non_blocking=True) for name, one in tensors.items()}
+        """The same batch on `device`; the host does not wait."""
+        found = replace(self, predicting=self.trained_positions())
+        tensors, numbers = found.inputs()
+        moved = {name: to_device(one, device) for name, one in tensors.items()}
         return replace(Batch.of((moved, numbers)), declared=self.declared)
 
     def inputs(self) -> Inputs:
@@ -101,6 +118,8 @@ class Batch:
             "task": self.task,
             "trial": self.trial,
         }
+        if self.predicting is not None:
+            tensors["predicting"] = self.predicting
         columns = {COLUMN + name: values for name, values in self.columns.items()}
         return tensors | columns, {"packed": int(self.packed), "part": self.part}
 
@@ -122,6 +141,7 @@ class Batch:
                 if name.startswith(COLUMN)
             },
             part=numbers["part"],
+            predicting=tensors.get("predicting"),
         )
 
     def widened(self, length: int) -> Batch:
@@ -138,6 +158,7 @@ class Batch:
             labels=functional.pad(self.labels, (0, more), value=IGNORE),
             position_ids=torch.cat([self.position_ids, rest.expand(self.rows, -1)], dim=1),
             columns={one.name: one.padded(self.columns[one.name], length) for one in self.declared},
+            predicting=None,
         )
 
 
@@ -159,3 +180,11 @@ def joined_batch(batches: Sequence[Batch]) -> Batch:
     packed = any(batch.packed for batch in batches)
     joined = Batch.of((tensors, {"packed": packed, "part": batches[0].part}))
     return replace(joined, declared=batches[0].declared)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. A copy from pageable memory waits until the GPU has done all that was
+    asked of it before, whatever `non_blocking` says; one from pinned memory does not."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rayft.core.batch import Batch
+from rayft.core.row_facts import RowFacts
 from rayft.core.shards import ShardReader, StateShard
 
 if TYPE_CHECKING:  # types alone: this room needs torch and nothing else
@@ -150,9 +151,9 @@ class Objective(Protocol):
         """What takes the vocabulary's place above hidden states of `width`; None: nothing does."""
         ...
 
-    def count(self, batch: Batch) -> dict[str, Tensor]:
-        """{term: (B,) float64}: what the sums of `loss` will be divided by, before any forward
-        pass."""
+    def count(self, rows: RowFacts) -> dict[str, Tensor]:
+        """{term: (n,) float64}: what the sums of `loss` will be divided by, before any forward
+        pass. From facts, not from tokens: every rank counts the rows of all ranks."""
         ...
 
     def loss(
@@ -177,6 +178,10 @@ class BatchStream(Protocol):
     def window(self, step: int, rank: int, world: int) -> list[Batch]:
         """This rank's micro-batches of `step` (1-based). Every rank gets the same number; a rank
         without rows left gets a batch that trains nothing (all labels IGNORE)."""
+        ...
+
+    def facts(self, step: int) -> RowFacts:
+        """Of all rows of `step`, of every rank."""
         ...
 
 
@@ -230,9 +235,9 @@ class Engine(Evaluator, StateHolder, Protocol):
         are *summed* over ranks. `last` marks the step's last micro-batch."""
         ...
 
-    def step(self, lrs: Mapping[str, float]) -> float:
+    def step(self, lrs: Mapping[str, float]) -> Tensor:
         """Clip, update with these learning rates by group name, zero the gradients; the norm before
-        clipping. An update with a non-finite norm is not applied."""
+        clipping, a scalar on the device. An update with a non-finite norm is not applied."""
         ...
 
     def full(self) -> Iterator[tuple[str, Tensor]]:

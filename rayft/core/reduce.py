@@ -1,36 +1,37 @@
 """The single reduction of rayft: sum, then divide once, by global counts.
 
-Objectives return sums per row, and counts that depend on the batch alone. Counts are added over all
-micro-batches of a
-step and over all ranks *before* the first backward pass, so every row is multiplied by 1 / (global
-count of its term and trial):
+Objectives return sums per row, and counts that depend on the data alone. Counts are added over all
+rows of a step, those of other ranks too, *before* the first backward pass, so every row is
+multiplied by 1 / (global count of its term and trial):
 
     loss = sum_term weight[term] sum_row  sums[term][row] / totals[term][trial[row]]
 
 Gradient accumulation, data parallelism, packing and packed trials are then exact by construction:
-regrouping rows
-changes nothing but the order of additions.
+regrouping rows changes nothing but the order of additions. The data is a pure function of the step,
+so to know the global counts takes no communication.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rayft.core.batch import Batch
+from rayft.core.batch import Batch, to_device
 from rayft.core.protocols import Objective
+from rayft.core.row_facts import RowFacts
 
 
-def counts(objective: Objective, window: Iterable[Batch], trials: int = 1) -> Tensor:
-    """(terms, trials) float64: this rank's counts over the micro-batches of one step."""
+def counts(objective: Objective, rows: Iterable[RowFacts], trials: int = 1) -> Tensor:
+    """(terms, trials) float64: what all of `rows` count together."""
     totals = torch.zeros(len(objective.terms), trials, dtype=torch.float64)
-    for batch in window:
-        rows = objective.count(batch)
+    for some in rows:
+        counted = objective.count(some)
         for index, term in enumerate(objective.terms):
-            totals[index].index_add_(0, batch.trial.cpu(), rows[term].cpu())
+            totals[index].index_add_(0, some.trial, counted[term])
     return totals
 
 
@@ -40,7 +41,7 @@ def scales(objective: Objective, batch: Batch, totals: Tensor) -> dict[str, Tens
     inverse = torch.where(totals > 0, 1.0 / totals, torch.zeros_like(totals))
     trial = batch.trial
     return {
-        term: (inverse[index] * weight).to(torch.float32).to(trial.device)[trial]
+        term: to_device((inverse[index] * weight).to(torch.float32), trial.device)[trial]
         for index, (term, weight) in enumerate(objective.terms.items())
     }
 
@@ -66,3 +67,25 @@ def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
     moved = values.to(device)
     dist.all_reduce(moved)
     return moved.cpu()
+
+
+@dataclass(frozen=True)
+class RankSum:
+    """A sum over all ranks that is under way while this rank goes on; on the device of its
+    values."""
+
+    values: Tensor
+    under_way: dist.Work | None  # None: there is one rank
+
+    @staticmethod
+    def begun(values: Tensor) -> RankSum:
+        """Start to add up `values`, which nobody else may use any more."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return RankSum(values, None)
+        return RankSum(values, dist.all_reduce(values, async_op=True))
+
+    def finished(self) -> Tensor:
+        """The sum. With nccl the device waits for it, not the host."""
+        if self.under_way is not None:
+            self.under_way.wait()
+        return self.values

@@ -20,30 +20,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rayft.core.batch import Batch
 from rayft.core.errors import DataError
+from rayft.core.row_facts import RowFacts
 from rayft.data.collate import collate, dummy
 from rayft.data.packing import pack
 from rayft.data.table import TokenTable
 
 
 @dataclass(frozen=True)
-class EpochPlan:
-    """One epoch: row r holds documents[offsets[r]:offsets[r + 1]]."""
+class RowPlan:
+    """Rows of an epoch or of a step: row r holds documents[offsets[r]:offsets[r + 1]]."""
 
     documents: NDArray[np.int64]
     offsets: NDArray[np.int64]
 
     @property
     def rows(self) -> int:
-        """Rows of the epoch."""
+        """How many."""
         return len(self.offsets) - 1
 
     def row(self, index: int) -> NDArray[np.int64]:
         """Documents of one row."""
         return self.documents[self.offsets[index] : self.offsets[index + 1]]
+
+    def part(self, first: int, last: int) -> RowPlan:
+        """Rows [first, last)."""
+        offsets = self.offsets[first : last + 1]
+        return RowPlan(self.documents[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+    def sums(self, per_document: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(rows,) sums over the documents of each row; `per_document` is indexed by document."""
+        up_to = np.concatenate([[0], np.cumsum(per_document[self.documents])])
+        return up_to[self.offsets[1:]] - up_to[self.offsets[:-1]]
 
 
 @dataclass(frozen=True)
@@ -84,12 +96,12 @@ class TrainStream:
     def window(self, step: int, rank: int, world: int) -> list[Batch]:
         """This rank's micro-batches of `step` (1-based), longest rows first; the same number on
         every rank. A rank without rows gets a batch that trains nothing."""
-        rows = self.rows(step)
-        parts = split_rows([len(row) for row in rows], self._lengths(rows), self.micro_batch, world)
+        plan = self.step_plan(step)
+        parts = split_rows(plan.sums(self.table.lengths), self.micro_batch, world)
         return [
             collate(
                 self.table,
-                [rows[index].tolist() for index in part],
+                [plan.row(index).tolist() for index in part],
                 pad_id=self.pad_id,
                 packed=self.packing,
                 multiple=self.multiple,
@@ -99,24 +111,39 @@ class TrainStream:
             for part in parts[rank::world]
         ]
 
-    def rows(self, step: int) -> list[NDArray[np.int64]]:
-        """The global batch of a step: the documents of each row. Fewer than G at the end of the
-        data, none after it."""
+    def facts(self, step: int) -> RowFacts:
+        """Of the global batch of `step`, rank by rank the same; no token is read."""
+        plan, table = self.step_plan(step), self.table
+        first = plan.documents[plan.offsets[:-1]]  # a row is of one task
+        return RowFacts(
+            trained=torch.from_numpy(plan.sums(table.trained)).double(),
+            lengths=torch.from_numpy(plan.sums(table.lengths)),
+            task=torch.from_numpy(table.task[first]).long(),
+            trial=torch.zeros(plan.rows, dtype=torch.int64),
+            columns={
+                one.name: torch.from_numpy(table.values[one.name][first])
+                for one in table.columns
+                if one.per == "row"
+            },
+        )
+
+    def step_plan(self, step: int) -> RowPlan:
+        """The global batch of a step. Fewer than G rows at the end of the data, none after it."""
         if step < 1:
             raise ValueError(f"steps count from 1, got {step}")
         first, last = (step - 1) * self.global_batch, step * self.global_batch
         if self.epochs is not None:
             last = min(last, self.rows_in(self.epochs))
-        out: list[NDArray[np.int64]] = []
+        parts: list[RowPlan] = []
         epoch = 0
         while first < last:
             while self._start(epoch + 1) <= first:
                 epoch += 1
             plan, base = self.plan(epoch), self._start(epoch)
             end = min(last, base + plan.rows)
-            out += [plan.row(index - base) for index in range(first, end)]
+            parts.append(plan.part(first - base, end - base))
             first = end
-        return out
+        return _joined(parts)
 
     def steps_for(self, epochs: float) -> int:
         """Steps that `epochs` passes take; the last one may be smaller."""
@@ -130,9 +157,9 @@ class TrainStream:
             rows += round(part * (self._start(whole + 1) - rows))
         return max(1, rows)
 
-    def plan(self, epoch: int) -> EpochPlan:
+    def plan(self, epoch: int) -> RowPlan:
         """The rows of an epoch; the last two are kept."""
-        plans: dict[int, EpochPlan] = self.__dict__["_plans"]
+        plans: dict[int, RowPlan] = self.__dict__["_plans"]
         if epoch not in plans:
             while len(plans) > 1:
                 del plans[next(iter(plans))]
@@ -141,7 +168,7 @@ class TrainStream:
 
     # --- inside ---
 
-    def _plan(self, epoch: int) -> EpochPlan:
+    def _plan(self, epoch: int) -> RowPlan:
         rng = np.random.default_rng([self.seed, epoch])
         chosen = [
             _passes(np.flatnonzero(self.table.source == index), weight, rng)
@@ -149,7 +176,7 @@ class TrainStream:
         ]
         documents = rng.permutation(np.concatenate(chosen))
         if not self.packing:
-            return EpochPlan(documents, np.arange(len(documents) + 1))
+            return RowPlan(documents, np.arange(len(documents) + 1))
         lengths, task = self.table.lengths, self.table.task[documents]
         orders, sizes = [], []
         for value in np.unique(task):
@@ -176,17 +203,11 @@ class TrainStream:
             object.__setattr__(self, "_rows", self.plan(0).rows)
         return self.__dict__["_rows"]
 
-    def _lengths(self, rows: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-        offsets = self.table.offsets
-        return np.asarray([int((offsets[row + 1] - offsets[row]).sum()) for row in rows], np.int64)
 
-
-def split_rows(
-    documents: Sequence[int], lengths: NDArray[np.int64], micro_batch: int, world: int
-) -> list[NDArray[np.int64]]:
-    """Cut rows, longest first, into as few micro-batches of at most `micro_batch` as give every
-    rank the same number; their sizes differ by at most one, and a row short of it some are empty.
-    Micro-batch i belongs to rank i % world."""
+def split_rows(lengths: NDArray[np.int64], micro_batch: int, world: int) -> list[NDArray[np.int64]]:
+    """Cut rows of these lengths, longest first, into as few micro-batches of at most `micro_batch`
+    as give every rank the same number; their sizes differ by at most one, and a row short of it
+    some are empty. Micro-batch i belongs to rank i % world."""
     order = np.argsort(-lengths, kind="stable")
     each = max(1, math.ceil(len(order) / (micro_batch * world)))
     return np.array_split(order, each * world)
@@ -202,16 +223,26 @@ def _passes(
     return np.concatenate([np.tile(documents, whole), part])
 
 
+def _joined(parts: Sequence[RowPlan]) -> RowPlan:
+    """Rows one after another."""
+    sizes = [np.diff(part.offsets) for part in parts]
+    none = np.zeros(0, np.int64)
+    return RowPlan(
+        np.concatenate([none, *(part.documents for part in parts)]),
+        np.concatenate([[0], np.cumsum(np.concatenate([none, *sizes]))]),
+    )
+
+
 def _shuffled(
     documents: NDArray[np.int64], sizes: NDArray[np.int64], rng: np.random.Generator
-) -> EpochPlan:
+) -> RowPlan:
     """Packed rows in random order."""
     order = rng.permutation(len(sizes))
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     offsets = np.concatenate([[0], np.cumsum(sizes[order])])
     # position in the new list -> position in the old one
     take = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - starts[order], sizes[order])
-    return EpochPlan(documents[take], offsets)
+    return RowPlan(documents[take], offsets)
 
 
 @dataclass(frozen=True)

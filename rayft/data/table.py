@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,10 +81,19 @@ class TokenTable:
         """D."""
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """(D,) tokens."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def trained(self) -> NDArray[np.int64]:
+        """(D,) targets: trained tokens, less the first of a document, which nothing predicts."""
+        filled = self.lengths > 0
+        starts = self.offsets[:-1][filled]
+        counted = np.zeros(self.documents, dtype=np.int64)
+        counted[filled] = np.add.reduceat(self.mask, starts, dtype=np.int64) - self.mask[starts]
+        return counted
 
     @property
     def total(self) -> TableCounts:

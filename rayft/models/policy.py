@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError
 from rayft.core.params import is_partitioned
-from rayft.models.chunked import ChunkedNll, LogitMap, plain_nll, trained_positions
+from rayft.models.chunked import ChunkedNll, LogitMap, plain_nll
 from rayft.models.load import input_embeddings
 
 PROBE_TOKENS = 4  # per document of the probes below
@@ -88,8 +88,8 @@ class CausalPolicy(nn.Module):
 
     def row_nll(self, batch: Batch, scale: Tensor) -> Tensor:
         """(B,) float32: see core.protocols.Policy and models/chunked.py."""
-        # Before the decoder runs: finding the positions waits for the device once, while it is idle
-        positions, targets = trained_positions(batch.labels)
+        positions = batch.trained_positions()  # those with label IGNORE never reach the head
+        targets = batch.labels.flatten()[positions + 1]
         hidden = self.hidden(batch)
         if type(self.head) is not nn.Linear:
             return plain_nll(hidden, self.head, positions, targets, self.logit_map)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from rayft.config.traits import ObjectiveTraits
 from rayft.core.batch import Batch
 from rayft.core.protocols import LossContext, Policy
+from rayft.core.row_facts import RowFacts
 
 NLL = "nll"
 
@@ -25,9 +26,9 @@ class NextToken:
         """The vocabulary's own."""
         return None
 
-    def count(self, batch: Batch) -> dict[str, Tensor]:
-        """{"nll": (B,) float64} trained tokens per row."""
-        return {NLL: batch.tokens()}
+    def count(self, rows: RowFacts) -> dict[str, Tensor]:
+        """{"nll": (n,) float64} trained tokens per row."""
+        return {NLL: rows.trained}
 
     def loss(
         self, policy: Policy, batch: Batch, scale: Mapping[str, Tensor], context: LossContext

@@ -108,8 +108,8 @@ class DdpEngine:
         self._ddp.reducer.prepare_for_backward([])
         (loss * self.world).backward()
 
-    def step(self, lrs: Mapping[str, float]) -> float:
-        """Clip, update, zero; the gradient norm before clipping."""
+    def step(self, lrs: Mapping[str, float]) -> Tensor:
+        """Clip, update, zero; the gradient norm before clipping, on the device."""
         set_lrs(self._optimizer, lrs)
         return clipped_step(self._optimizer, list(self._named.values()), self._optim.clip)
 

@@ -137,31 +137,39 @@ def schedule(optim: OptimSpec, total_steps: int) -> Callable[[int], float]:
     return factor
 
 
-def clip_gradients(params: list[nn.Parameter], clip: float | None) -> float:
+def clipped_step(
+    optimizer: torch.optim.Optimizer, params: list[nn.Parameter], clip: float | None
+) -> Tensor:
+    """Clip the gradients of replicated `params` to global norm `clip` and update; the norm before,
+    a scalar.
+
+    A non-finite norm (any NaN or infinity in any gradient) leaves parameters and moments as they
+    were. Gradients are zeroed either way.
+    """
+    norm = clip_gradients(optimizer, params, clip)
+    if isinstance(optimizer, torch.optim.AdamW) or math.isfinite(float(norm)):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, params: list[nn.Parameter], clip: float | None
+) -> Tensor:
     """Scale the gradients of replicated `params` to a 2-norm of at most `clip`, all together; the
-    norm before. Nothing is scaled where it is not finite.
+    norm before. The next step of a fused AdamW does nothing where it is not finite: it asks on the
+    device, so the host does not wait (torch.amp.GradScaler tells it the same way). The 8-bit
+    optimizers of bitsandbytes cannot ask.
 
     TrialSlot.update does the same for a trial of a pack, but not to the same bits, so it cannot be
     this function: its norm has come to the host with those of all trials, and its factor is a
     double; here both stay tensors in the precision of the gradients.
     """
     norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    value = float(norm)
-    if clip is not None and math.isfinite(value):
+    if clip is not None:
         torch.nn.utils.clip_grads_with_norm_(params, clip, norm)
-    return value
-
-
-def clipped_step(
-    optimizer: torch.optim.Optimizer, params: list[nn.Parameter], clip: float | None
-) -> float:
-    """Clip the gradients of replicated `params` to global norm `clip` and update; the norm before.
-
-    A non-finite norm (any NaN or infinity in any gradient) leaves parameters and moments as they
-    were. Gradients are zeroed either way.
-    """
-    value = clip_gradients(params, clip)
-    if math.isfinite(value):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return value
+    if isinstance(optimizer, torch.optim.AdamW):
+        found = torch.isfinite(norm).logical_not().float()
+        # torch.optim reads this attribute at every step and declares it nowhere
+        optimizer.found_inf = found  # pyright: ignore[reportAttributeAccessIssue]
+    return norm

@@ -27,7 +27,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import math
 import os
 import warnings
 from collections.abc import Generator, Iterator, Mapping
@@ -222,8 +221,9 @@ class ZeroEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world, scale_wrt_gas=False)
 
-    def step(self, lrs: Mapping[str, float]) -> float:
-        """Clip, update, zero; the gradient norm before clipping, inf where it is not finite."""
+    def step(self, lrs: Mapping[str, float]) -> Tensor:
+        """Clip, update, zero; the gradient norm before clipping, on the device. From stage 1 on
+        DeepSpeed itself makes the host wait for it."""
         set_lrs(self._optimizer, lrs)
         if self._stage == 0:
             return self._step_replicas()
@@ -231,14 +231,11 @@ class ZeroEngine:
         norm = self._engine.get_global_grad_norm()
         if norm is None:
             raise RayftError("DeepSpeed gives no gradient norm after a step")
-        return float(norm)
+        return torch.as_tensor(norm, device=self.device)
 
-    def _step_replicas(self) -> float:
+    def _step_replicas(self) -> Tensor:
         """Stage 0 is torch's own optimizer on whole gradients: the norm is ours to check."""
-        norm = clip_gradients(list(self._named.values()), self._clip)
-        if not math.isfinite(norm):
-            self._engine.zero_grad()
-            return math.inf
+        norm = clip_gradients(self._optimizer, list(self._named.values()), self._clip)
         self._engine.step()
         return norm
 

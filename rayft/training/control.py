@@ -76,7 +76,7 @@ class DriverControl:
 
 class WorkerSignals:
     """The worker's end (compose.job.DriverSignals). Only rank 0 talks to the driver; the loop
-    spreads the stop flag to the other ranks together with its counts."""
+    spreads the stop flag to the other ranks together with the loss."""
 
     def __init__(self, name: str, rank: int) -> None:
         self.step: int | None = None  # last finished step, as far as the events say

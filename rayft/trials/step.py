@@ -52,13 +52,13 @@ def step_trials(model: PackedModel, slots: Sequence[TrialSlot]) -> dict[TrialSlo
         values += [losses[slot.adapter], norms[bucket][place]]
     numbers = torch.stack(values).tolist()  # the one time a step waits for the device
     found = {}
-    for index, (slot, window) in enumerate(windows.items()):
+    for index, slot in enumerate(slots):
         loss, norm = numbers[2 * index : 2 * index + 2]
         bucket, place = places[slot.adapter]
         slot.unreached = bucket.unreached(slot.adapter) if slot.starting else []
         slot.update(bucket.grads[place], loss, norm)
-        tokens = int(sum(float(batch.tokens().sum()) for batch in window))
-        seen = sum(int(batch.lengths.sum()) for batch in window)
+        facts = slot.session.parts.stream.facts(slot.step + 1)
+        tokens, seen = int(facts.trained.sum()), int(facts.lengths.sum())
         found[slot] = TrialStep(loss, norm, tokens, seen)
     for bucket in model.buckets.all.values():
         bucket.updated()
@@ -75,7 +75,10 @@ def gradients(
     """
     for bucket in model.buckets.all.values():
         bucket.forget_gradients()
-    totals = {slot.adapter: counts(model.objective, w)[:, 0] for slot, w in windows.items()}
+    totals = {
+        slot.adapter: counts(model.objective, [batch.facts() for batch in window])[:, 0]
+        for slot, window in windows.items()
+    }
     losses = {
         adapter: torch.zeros((), dtype=torch.float64, device=model.device) for adapter in totals
     }

@@ -15,6 +15,7 @@ from rayft.config.run import OptimSpec
 from rayft.core.batch import IGNORE, Batch, Column, joined_batch
 from rayft.core.protocols import LossContext, ParamGroup
 from rayft.core.reduce import counts, reduce_rows, scales
+from rayft.core.row_facts import RowFacts
 from rayft.data import cache
 from rayft.data.collate import collate, dummy
 from rayft.data.stream import EvalSet
@@ -108,6 +109,22 @@ def test_a_pack_joins_rows_of_several_lengths():
         joined_batch([batches[0], plain])
 
 
+def check_facts(batch: Batch) -> RowFacts:
+    """Of a batch in host memory that a wrapper has carried."""
+    return dataclasses.replace(batch, declared=(REFERENCE, SCORE)).facts()
+
+
+def test_the_facts_of_a_step_hold_those_per_row():
+    corpus = with_columns(table())
+    one = stream(corpus, global_batch=7)
+    facts, seen = one.facts(2), []
+    for rank in (0, 1):
+        for batch in one.window(2, rank, 2):
+            assert list(batch.facts().columns) == ["reference"]
+            seen += batch.facts().columns["reference"][batch.lengths > 0].tolist()
+    assert sorted(facts.columns["reference"].tolist()) == sorted(seen) and len(seen) == 7
+
+
 class Linear:
     """A toy objective of two terms: squares of (w - reference) per row, weighted 1, and the sum of
     w times scores per token, weighted 0.25; it also measures how many rows are above 3."""
@@ -118,8 +135,9 @@ class Linear:
     def head(self, width):
         return None
 
-    def count(self, batch):
-        tokens = batch.lengths.to(torch.float64)
+    def count(self, rows):
+        assert rows.columns["reference"].shape == rows.trial.shape
+        tokens = rows.lengths.to(torch.float64)
         return {"square": (tokens > 0).to(torch.float64), "tokens": tokens}
 
     def loss(self, policy, batch, scale, context):
@@ -130,7 +148,7 @@ class Linear:
         return {"square": square, "tokens": policy.w * scores}
 
     def measure(self, policy, batch, context):
-        sums, count = self.loss(policy, batch, {}, context), self.count(batch)
+        sums, count = self.loss(policy, batch, {}, context), self.count(check_facts(batch))
         above = (batch.columns["reference"] > 3).double() * count["square"]
         return {term: (sums[term], count[term]) for term in self.terms} | {
             "above": (above, count["square"])
@@ -160,7 +178,7 @@ def test_terms_weights_and_measures_reach_the_numbers():
     one = collate(corpus, [[n] for n in range(6)], pad_id=0, packed=False)
     two = collate(corpus, [[n] for n in range(6, 9)], pad_id=0, packed=False)
     window = [dataclasses.replace(batch, part=3) for batch in (one, two)]
-    totals = counts(objective, window)
+    totals = counts(objective, [batch.facts() for batch in window])
     total = 0.0
     for batch in window:
         scale = scales(objective, batch, totals)

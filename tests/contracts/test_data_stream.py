@@ -10,7 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayft import objectives
+from rayft.config.objectives import LmSpec, SftSpec
 from rayft.core.batch import IGNORE
+from rayft.core.reduce import counts
 from rayft.data.collate import collate
 from rayft.data.stream import EvalSet, TrainStream, split_rows
 from rayft.data.table import TableCounts, TokenTable
@@ -86,6 +89,36 @@ def test_any_split_sees_the_same_step(packing, world, micro, size, step):
 
 
 @pytest.mark.parametrize("packing", [False, True])
+@settings(deadline=None)  # machines under load
+@given(
+    world=st.integers(1, 5),
+    micro=st.integers(1, 9),
+    size=st.integers(1, 20),
+    step=st.integers(1, 14),
+    weights=st.sampled_from([(1.0, 1.0), (0.5, 1.25)]),
+    epochs=st.sampled_from([None, 0.3, 1.0]),
+)
+def test_the_facts_of_a_step_are_those_of_the_batches_of_all_ranks(
+    packing, world, micro, size, step, weights, epochs
+):
+    """Row by row, and so every count; a step at the end of the data, and none after it, too."""
+    source = stream(
+        packing=packing, global_batch=size, micro_batch=micro, weights=weights, epochs=epochs
+    )
+    facts = source.facts(step)
+    batches = [batch.facts() for batch in all_ranks(source, step, world)]
+    wanted: Counter = Counter()
+    for each in batches:
+        wanted.update(zip(*(values.tolist() for values in vars(each).values()), strict=True))
+    dummies = {row: wanted.pop(row) for row in list(wanted) if not row[1]}
+    assert all(row == (0, 0, 0, 0) for row in dummies)  # they count nothing
+    assert Counter(zip(*(v.tolist() for v in vars(facts).values()), strict=True)) == wanted
+    for kind in (LmSpec, SftSpec):
+        objective = objectives.build(kind())
+        assert torch.equal(counts(objective, [facts]), counts(objective, batches))
+
+
+@pytest.mark.parametrize("packing", [False, True])
 def test_an_epoch_is_every_document_once(packing):
     source = stream(packing=packing, epochs=2.0)
     for epoch in (0, 1):
@@ -101,15 +134,15 @@ def test_an_epoch_is_every_document_once(packing):
 def test_the_last_step_of_epochs_may_be_small():
     source = stream(epochs=1.0)
     assert source.steps_for(1.0) == 13
-    assert len(source.rows(13)) == 97 - 12 * 8
+    assert source.step_plan(13).rows == 97 - 12 * 8
     assert stream(epochs=0.5).steps_for(0.5) == 6
 
 
 def test_a_global_batch_straddles_epochs():
     source = stream()
-    assert len(source.rows(13)) == 8
-    later = [int(row[0]) for row in source.rows(13)[1:]]
-    assert later == source.plan(1).documents[:7].tolist()
+    assert source.step_plan(13).rows == 8
+    later = source.step_plan(13).documents[1:]
+    assert later.tolist() == source.plan(1).documents[:7].tolist()
 
 
 def test_resume_needs_the_step_alone():
@@ -158,10 +191,10 @@ def test_packed_rows_are_of_one_task_and_fit(seed):
 
 
 def test_rows_of_a_step_are_dealt_longest_first_and_evenly():
-    parts = split_rows([1] * 10, np.arange(10), micro_batch=4, world=2)
+    parts = split_rows(np.arange(10), micro_batch=4, world=2)
     assert [len(part) for part in parts] == [3, 3, 2, 2]
     assert parts[0].tolist() == [9, 8, 7]
-    assert [len(part) for part in split_rows([1], np.ones(1), 4, 3)] == [1, 0, 0]
+    assert [len(part) for part in split_rows(np.ones(1), 4, 3)] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -27,7 +27,7 @@ def rows_of(whole: Batch, part: slice) -> Batch:
 def gradient(model, objective, window: list[Batch]) -> tuple[float, torch.Tensor]:
     """Loss and flat gradient of one step over `window`, as the loop computes them."""
     policy = CausalPolicy(model)
-    totals = counts(objective, window)
+    totals = counts(objective, [each.facts() for each in window])
     model.zero_grad()
     total = 0.0
     for each in window:
@@ -44,9 +44,9 @@ def test_every_spec_of_the_menu_has_its_implementation_and_a_row():
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
-def test_counts_come_from_the_batch_and_match_the_terms(spec):
+def test_counts_come_from_the_facts_and_match_the_terms(spec):
     objective, rows = build(spec), batch()
-    counted = objective.count(rows)
+    counted = objective.count(rows.facts())
     assert tuple(counted) == tuple(objective.terms)
     assert counted["nll"].tolist() == (rows.labels != IGNORE).sum(dim=1).tolist()
     ones = dict.fromkeys(objective.terms, torch.ones(rows.rows))
@@ -64,7 +64,7 @@ def test_measures_begin_with_the_terms_of_the_loss(spec):
         ones = dict.fromkeys(objective.terms, torch.ones(rows.rows))
         sums = objective.loss(policy, rows, ones, LossContext())
     assert tuple(found)[: len(objective.terms)] == tuple(objective.terms)
-    for term, counted in objective.count(rows).items():
+    for term, counted in objective.count(rows.facts()).items():
         assert torch.equal(found[term][0], sums[term]) and torch.equal(found[term][1], counted)
 
 

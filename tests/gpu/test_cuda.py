@@ -5,11 +5,16 @@ python -m pytest -m gpu tests/gpu
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
+from rayft.compose.assemble import assemble
+from rayft.compose.data import open_corpus, prepare_data
+from rayft.compose.execute import stepper_of
 from rayft.config.load import load
 from rayft.records.series import read_series
 from rayft.storage.folder import Storage
@@ -65,6 +70,26 @@ def test_trains_on_the_gpu(tmp_path, case):
     assert record.eval["eval_loss"] < 0.95 * record.base["eval_loss"]
     assert 0 < record.peak_memory < torch.cuda.get_device_properties(0).total_memory
     assert (tmp_path / "r/export/README.md").exists()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_step_waits_for_the_gpu_once(tmp_path, method):
+    """And transformers once per micro-batch: it asks whether the rows are packed."""
+    run = config(tmp_path, [f"methods={method}", "model.dtype=bf16", "data.packing=false"])
+    ready = prepare_data(run, lambda function, items: [function(item) for item in items])
+    parts = assemble(run, open_corpus(run, ready.uri, ready.hash), torch.device("cuda", 0))
+    stepper = stepper_of(parts)
+    for step in range(1, 4):  # the gradient check looks in the first two
+        stepper.run(step, lambda: False, more=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            stepper.run(4, lambda: False, more=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [Path(each.filename).name for each in said if "synchronizing" in str(each.message)]
+    assert sorted(waits) == ["loop.py", *["masking_utils.py"] * 2]
 
 
 def test_gpu_and_cpu_agree(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from rayft.strategies.optim import (
     adam_state,
     assert_groups,
     build_optimizer,
+    clipped_step,
     group_lrs,
     schedule,
     set_lrs,
@@ -120,6 +121,27 @@ def _batch(step: int) -> Batch:
     zeros = torch.zeros(4, dtype=torch.long)
     places = torch.arange(6).expand(4, 6)
     return Batch(ids, ids, places, zeros + 6, task=zeros, trial=zeros, packed=False)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_update_with_a_norm_that_is_not_finite_never_was(
+    value: float, clip: float | None
+) -> None:
+    """Parameters, moments and the step counter: the run goes on as one without it, bit for bit."""
+    grads = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    ends = []
+    for poison in (False, True):
+        param = nn.Parameter(torch.ones(40))
+        optimizer = build_optimizer([ParamGroup("decay", (param,))], OptimSpec(lr=1e-2))
+        for number, grad in enumerate(grads):
+            if poison and number == 1:
+                param.grad = grad.index_fill(0, torch.tensor([7]), value)
+                assert not math.isfinite(clipped_step(optimizer, [param], clip))
+            param.grad = grad.clone()
+            assert math.isfinite(clipped_step(optimizer, [param], clip)) and param.grad is None
+        ends.append([param.detach(), *adam_state(optimizer, param).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")

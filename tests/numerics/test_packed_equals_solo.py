@@ -96,7 +96,7 @@ def test_in_float64_with_sgd_nothing_differs(tmp_path, monkeypatch):
         found = step_trials(pack._model, slots)
         for index, slot in enumerate(slots):
             torch.set_rng_state(states[index])
-            solo = steppers[index].run(step, False)
+            solo, _ = steppers[index].run(step, lambda: False, more=True)
             states[index] = torch.get_rng_state()
             slot.session.progress.step = step
             assert found[slot].loss == pytest.approx(solo.loss, rel=1e-12), (slot.trial, step)

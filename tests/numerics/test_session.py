@@ -16,7 +16,10 @@ from rayft.checkpoint.folders import folder_names, folder_order
 from rayft.checkpoint.reader import find_commit
 from rayft.compose.assemble import assemble
 from rayft.compose.data import open_corpus, prepare_data
+from rayft.compose.execute import stepper_of
 from rayft.compose.job import AttemptJob, ProgressEvent
+from rayft.compose.loop import LoopHooks, StepSchedule
+from rayft.compose.loop import train as train_loop
 from rayft.compose.offline import evaluate_run
 from rayft.compose.publish import choose_commit, publish
 from rayft.compose.session import RunSession
@@ -183,6 +186,35 @@ def test_eval_says_when_the_held_out_data_is_another(tmp_path):
     assert "note:" not in evaluate_run(where)
     rows.write_text(json.dumps({"prompt": "1 + 2 =", "completion": "3"}) + "\n")
     assert "the held-out data is not what it was" in evaluate_run(where)
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "saves"),
+    [
+        (1, "interrupted", [(1, False)]),  # before the first step, or while it runs
+        (2, "interrupted", [(2, True)]),  # evaluated first, as the whole run has it
+        (3, "interrupted", [(2, True), (3, False)]),
+        (4, "done", [(2, True), (4, True)]),  # nothing is left to be done
+        (0, "done", [(2, True), (4, True)]),
+    ],
+)
+def test_a_stop_ends_the_run_behind_the_step_in_which_it_is_seen(tmp_path, asked, status, saves):
+    one = session(tmp_path, "optim.lr=1e-3", "train.eval_every=2", "train.save_every=2")
+    one.restore()
+    one.evaluate(0)
+    saved: list[tuple[int, bool]] = []
+    asking = iter(range(1, 9))
+    hooks = LoopHooks(
+        stop=lambda: next(asking) == asked,
+        log=one.log,
+        evaluate=one.evaluate,
+        save=lambda step, best: saved.append((step, best)),
+    )
+    stepper = stepper_of(one.parts)
+    assert train_loop(stepper, StepSchedule(4, 2, 2), one.progress, hooks) == status
+    assert saved == saves and one.progress.step == saves[-1][0]
+    assert not stepper.ahead or status == "interrupted"  # nothing is made for a step that never is
+    one.abandon()
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
