@@ -6,8 +6,8 @@ a step; held-out loss every --every steps). Columns:
   admit           ms of one admission, median over the last tenth of them
   step            ms per trial-step, evaluations, commits and turns included
   copied          rows of the buckets that were copied per admission, because they grew
-  MB per trial    adapter, gradients, moments: their tensors, as allocated; other: what the process
-                  has grown by at rest, less these
+  MB per trial    adapter, gradients, moments: their tensors, as allocated; best: states that wait to
+                  be written; other: what the process has grown by at rest, less these
   passes          MB at most, of all trials together, while stepping, above rest: activations of a
                   pass, evaluations, states on their way to storage
 """
@@ -37,8 +37,8 @@ from rayft.trials.pack import Pack
 
 HELD_OUT = 8  # documents
 HEAD = """\
-                 ms per            rows     MB per trial                                   MB
-slots   parked   admit    step     copied   adapter   gradients   moments   other   all    passes"""
+                 ms per            rows     MB per trial                                         MB
+slots   parked   admit    step     copied   adapter gradients moments best   other  all     passes"""
 
 
 def table(args: argparse.Namespace) -> None:
@@ -55,8 +55,8 @@ def table(args: argparse.Namespace) -> None:
         print(
             f"{slots:<7} {parked:<8} "
             f"{row['admit']:<8.1f} {row['step']:<8.2f} {row['copied']:<8.1f} "
-            f"{row['adapter']:<9.3f} {row['gradients']:<11.3f} {row['moments']:<9.3f} "
-            f"{row['other']:<7.3f} {row['all']:<6.3f} {row['passes']:.0f}",
+            f"{row['adapter']:<7.3f} {row['gradients']:<9.3f} {row['moments']:<7.3f} "
+            f"{row['best']:<6.3f} {row['other']:<6.3f} {row['all']:<7.3f} {row['passes']:.0f}",
             flush=True,
         )
 
@@ -140,7 +140,15 @@ def _parts(pack: Pack) -> dict[str, float]:
     for slot in pack._table.parked.values():
         adapters += sum(param.nbytes for param in slot.adapter.params.values())
     grads = sum(bucket._grads.nbytes for bucket in buckets)
-    return {"adapter": adapters, "gradients": grads, "moments": moments}
+    waiting = [slot.commits._best for slot in pack._table.all.values()]
+    best = sum(
+        tensor.nbytes
+        for state in waiting
+        if state is not None
+        for piece in state.shard.slices.values()
+        for tensor in piece.tensors.values()
+    )
+    return {"adapter": adapters, "gradients": grads, "moments": moments, "best": best}
 
 
 def _resident() -> int:
@@ -171,8 +179,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--slots", type=int, nargs="+", default=[8, 64, 256, 1024])
     parser.add_argument("--resident", type=int, default=64, help="that train at a time, last row")
     parser.add_argument("--every", type=int, default=5, help="steps between evaluations")
-    parser.add_argument("--evaluations", type=int, default=4, help="of each trial")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a row")
-    parser.add_argument("--shape", default="d64")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    table(parser.parse_args(argv, arguments([])))
+    parser.add_argument("--evaluations", type=int, default=2, help="of each trial")
+    parser.add_argument("--length", type=int, help="tokens of a row; 64")
+    parser.add_argument("--shape", choices=list(SHAPES), help="d64")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="cpu")
+    defaults = arguments(["--shape", "d64", "--device", "cpu"])
+    table(parser.parse_args(argv, defaults))

@@ -11,9 +11,8 @@ The three parts are the parameter groups lora_A, lora_B and lora_magnitude; each
 range of the row, which is what clipping and AdamW work on. What rank r < R leaves over is zero,
 gets zero gradients, and so stays zero. Gradients have the same layout.
 
-A bucket has room for one row in SPARE more than it needs, so that joining and leaving write one row
-each, however many there are: buffers are copied once in n / SPARE times. The last row takes the
-place of one that leaves.
+A bucket grows by one row in SPARE and shrinks when twice as many stand empty, so joining copies at
+most SPARE rows on average however many are in. The last row takes the place of one that leaves.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from rayft.trials.adapter_layout import AdapterLayout, LayerSize
 
-SPARE = 16  # rows of a bucket for each one that may stand empty, once it has that many
+SPARE = 16  # rows of a bucket for each one that stands empty after it has grown
 
 BucketKey = tuple[int, bool, bool, int]
 """(padded rank, dora, whether there is dropout, rows of a micro-batch)."""
@@ -101,7 +100,7 @@ class RankBucket:
         """Take `adapter` in, with these (size,) parameters."""
         place = len(self.members)
         if place == len(self._params):
-            self._resize(place + max(1, place // SPARE))
+            self._resize(place + _spare(place))
         self.members.append(adapter)
         self._params[place] = flat
         self._grads[place] = 0
@@ -121,9 +120,8 @@ class RankBucket:
             self.members[place] = self.members[last]
             self._bind_row(place)
         self.members.pop()
-        room = last + max(1, last // SPARE)
-        if len(self._params) > room + max(1, last // SPARE):
-            self._resize(room)
+        if len(self._params) > last + 2 * _spare(last):
+            self._resize(last + _spare(last))
         self._changed()
 
     def _resize(self, room: int) -> None:
@@ -237,6 +235,11 @@ class BucketSet:
         if self._order is None:
             self._order = {adapter: number for number, adapter in enumerate(self.places())}
         return self._order
+
+
+def _spare(used: int) -> int:
+    """Rows that are made beyond those in use."""
+    return max(1, -(-used // SPARE))
 
 
 def _resized(rows: Tensor, used: int, room: int) -> Tensor:
