@@ -6,8 +6,8 @@ a step; held-out loss every --every steps). Columns:
   admit           ms of one admission, median over the last tenth of them
   step            ms per trial-step, evaluations, commits and turns included
   copied          rows of the buckets that were copied per admission, because they grew
-  MB per trial    adapter, gradients, moments: their tensors, as allocated; best: states that wait to
-                  be written; other: what the process has grown by at rest, less these
+  MB per trial    adapter, gradients, moments: their tensors, as allocated; best: states that wait
+                  to be written; other: what the process has grown by at rest, less these
   passes          MB at most, of all trials together, while stepping, above rest: activations of a
                   pass, evaluations, states on their way to storage
 """
@@ -37,8 +37,8 @@ from rayft.trials.pack import Pack
 
 HELD_OUT = 8  # documents
 HEAD = """\
-                 ms per            rows     MB per trial                                         MB
-slots   parked   admit    step     copied   adapter gradients moments best   other  all     passes"""
+                 ms per            rows     MB per trial                                        MB
+slots   parked   admit    step     copied   adapter gradients moments best   other  all    passes"""
 
 
 def table(args: argparse.Namespace) -> None:
@@ -56,7 +56,7 @@ def table(args: argparse.Namespace) -> None:
             f"{slots:<7} {parked:<8} "
             f"{row['admit']:<8.1f} {row['step']:<8.2f} {row['copied']:<8.1f} "
             f"{row['adapter']:<7.3f} {row['gradients']:<9.3f} {row['moments']:<7.3f} "
-            f"{row['best']:<6.3f} {row['other']:<6.3f} {row['all']:<7.3f} {row['passes']:.0f}",
+            f"{row['best']:<6.3f} {row['other']:<6.3f} {row['all']:<6.3f} {row['passes']:.0f}",
             flush=True,
         )
 

@@ -11,6 +11,7 @@ Paging copies bits, so a trial's numbers are those of a run of its own, whenever
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from rayft.trials.memory import MemoryLoad
 from rayft.trials.rank_bucket import BucketSet, TrialAdapter
 from rayft.trials.slot import TrialSlot
+
+OTHER_FILES = 512  # of the process: libraries, sockets, commits under way
 
 
 class SlotTable:
@@ -38,6 +41,7 @@ class SlotTable:
 
     def __init__(self, buckets: BucketSet, slots: int, waiting: int) -> None:
         self._buckets, self._slots, self._waiting = buckets, slots, waiting
+        allow_files(slots + waiting)
         self.all: dict[str, TrialSlot] = {}
         self.resident: dict[str, TrialSlot] = {}
         self.parked: dict[str, TrialSlot] = {}
@@ -107,6 +111,18 @@ class SlotTable:
         if self._buckets.device.type == "cuda":
             to_host(slot.adapter)
             move_moments(slot, torch.device("cpu"))
+
+
+def allow_files(trials: int) -> None:
+    """Let this process have as many files open as so many trials need, each its metrics.jsonl: many
+    systems begin with 1,024. Where the system allows fewer, the trial that is one too many fails.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = trials + OTHER_FILES
+    if hard != resource.RLIM_INFINITY:
+        need = min(need, hard)
+    if soft != resource.RLIM_INFINITY and soft < need:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (need, hard))
 
 
 def to_host(adapter: TrialAdapter) -> None:

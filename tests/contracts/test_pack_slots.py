@@ -4,6 +4,7 @@ but what is theirs."""
 from __future__ import annotations
 
 import math
+import resource
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rayft.trials.forward import PackedModel
 from rayft.trials.memory import MemoryBudget, MemoryClaim, MemoryLoad
 from rayft.trials.pack import Pack
 from rayft.trials.rank_bucket import SPARE, BucketSet, TrialAdapter
+from rayft.trials.slot_table import OTHER_FILES, allow_files
 from rayft.trials.types import NoRoom
 from tests.packs import CPU, Lab, finish, home_of, losses, record
 
@@ -117,6 +119,18 @@ def test_the_places_to_wait_in_are_counted(lab):
     pack.resume("p1")
     assert pack.parked == ()
     pack.close()
+
+
+def test_many_trials_may_have_their_files_open():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        allow_files(100)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (100 + OTHER_FILES, before[1])
+        allow_files(10)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 100 + OTHER_FILES  # never fewer
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_parked_trials_need_no_gradients_and_no_activations():
