@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +21,7 @@ from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError, InfeasibleError
 from rayft.models.tokenizer import pad_id
 from rayft.storage.folder import Storage
-from rayft.trials.commit_queue import CommitQueue
+from rayft.trials.commit_queue import CommitQueue, CommitThreads
 from rayft.trials.forward import PackedModel
 from rayft.trials.initial import FreshAdapter
 from rayft.trials.memory import MemoryBudget, MemoryClaim, MemoryLoad
@@ -130,7 +129,7 @@ class SharedParts:
     eval_batches: tuple[Batch, ...]
     optimizer: Optimizer
     facts: Mapping[str, object]
-    threads: Executor  # of their commits
+    threads: CommitThreads  # of their commits
 
 
 def make_slot(

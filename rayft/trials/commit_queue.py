@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,15 +20,41 @@ NOTHING = StateShard({})
 THREADS = 32  # of a pack, at most: storage that hangs for some trials must not stop the others
 
 
-def commit_threads() -> Executor:
+class CommitThreads:
     """For all trials of a pack; a thread starts when there is work and none is idle."""
-    return ThreadPoolExecutor(THREADS, thread_name_prefix="trial-commits")
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="trial-commits")
+        self._lock, self._unfinished = threading.Lock(), 0
+
+    @property
+    def crowded(self) -> bool:
+        """Every thread has work. States that wait for one take memory, and with a thousand trials
+        storage is the narrow place: a commit that nobody asked for comes later then."""
+        return self._unfinished >= THREADS
+
+    def submit(self, action: Callable[[], None]) -> None:
+        """Run it as soon as a thread is free."""
+        with self._lock:
+            self._unfinished += 1
+        self._threads.submit(self._run, action)
+
+    def close(self) -> None:
+        """When all is done the threads end."""
+        self._threads.shutdown(wait=False)
+
+    def _run(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        finally:
+            with self._lock:
+                self._unfinished -= 1
 
 
 class OrderedWork:
     """Does one thing after another, in threads that others use too."""
 
-    def __init__(self, threads: Executor) -> None:
+    def __init__(self, threads: CommitThreads) -> None:
         self._threads, self._lock = threads, threading.Lock()
         self._waiting: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._busy = False
@@ -77,19 +103,19 @@ class CommitQueue:
     a later one.
     """
 
-    def __init__(self, writer: CheckpointWriter, threads: Executor) -> None:
+    def __init__(self, writer: CheckpointWriter, threads: CommitThreads) -> None:
         self._writer = writer
         self._best: StateSnapshot | None = None
         self._last: Future[None] | None = None
         self._since = time.monotonic()
         self._forgotten = False
-        self._work = OrderedWork(threads)
+        self._threads, self._work = threads, OrderedWork(threads)
 
     @property
     def due(self) -> bool:
-        """EVERY seconds have passed since the last write began, and it is over."""
+        """EVERY seconds have passed since the last write began, it is over, a thread is free."""
         idle = self._last is None or self._last.done()
-        return idle and time.monotonic() - self._since > EVERY
+        return idle and not self._threads.crowded and time.monotonic() - self._since > EVERY
 
     def keep(self, best: StateSnapshot) -> None:
         """The best so far; the one before it is forgotten."""

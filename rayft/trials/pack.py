@@ -35,7 +35,7 @@ from rayft.models.tokenizer import load_tokenizer
 from rayft.records.run_record import Status
 from rayft.strategies.optim import build_optimizer
 from rayft.trials import admission
-from rayft.trials.commit_queue import commit_threads
+from rayft.trials.commit_queue import CommitThreads
 from rayft.trials.forward import PackedModel
 from rayft.trials.initial import fresh_adapter, shared_copy
 from rayft.trials.memory import MemoryBudget, host_memory, memory_limit, model_bytes
@@ -90,7 +90,7 @@ class Pack:
         batches = held_out(run, corpus, built, 0, 1)
         self._held_out = HeldOut(batches, corpus.tasks)
         self._shared = admission.SharedParts(
-            corpus, built, batches, optimizer, dict(facts or {}), commit_threads()
+            corpus, built, batches, optimizer, dict(facts or {}), CommitThreads()
         )
         self._table = SlotTable(self._model.buckets, slots, waiting)
         self._meter, evaluated = PackMeter(), time.perf_counter()

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 import resource
+import threading
 
 import pytest
 import torch
 
 from rayft.checkpoint.reader import find_commit
+from rayft.trials import commit_queue
 from rayft.trials.adapter_layout import LayerSize, layout_of
-from rayft.trials.commit_queue import OrderedWork, commit_threads
+from rayft.trials.commit_queue import THREADS, CommitQueue, CommitThreads, OrderedWork
 from rayft.trials.forward import PackedModel
 from rayft.trials.memory import MemoryBudget, MemoryClaim, MemoryLoad
 from rayft.trials.pack import Pack
@@ -199,7 +201,7 @@ def test_a_step_of_many_trials_takes_several_passes(lab, monkeypatch):
 
 
 def test_commits_of_all_trials_share_threads_and_keep_their_order():
-    threads, done = commit_threads(), []
+    threads, done = CommitThreads(), []
     queues = [OrderedWork(threads) for _ in range(100)]
     futures = [
         queue.submit(lambda pair=(number, turn): done.append(pair))
@@ -218,7 +220,21 @@ def test_commits_of_all_trials_share_threads_and_keep_their_order():
         bad.result()
     for number in range(100):
         assert [turn for one, turn in done if one == number] == [0, 1, 2, 3, 4]
-    threads.shutdown()
+    threads.close()
+
+
+def test_a_commit_nobody_asked_for_waits_while_storage_is_behind(lab, monkeypatch):
+    """Else the states of all trials would wait in memory."""
+    monkeypatch.setattr(commit_queue, "EVERY", 0.0)
+    pack, go = lab.pack(lab.run("behind")), threading.Event()
+    commits = pack._table.all["behind"].commits
+    assert isinstance(commits, CommitQueue) and commits.due
+    others = [OrderedWork(commits._threads).submit(lambda: bool(go.wait())) for _ in range(THREADS)]
+    assert not commits.due
+    go.set()
+    for future in others:
+        future.result()
+    pack.close()
 
 
 def test_a_trial_leaves_no_buffer_behind_its_commit(lab):
