@@ -98,13 +98,13 @@ def _measure(
 
 
 def _stepped(args: argparse.Namespace, pack: Pack, trials: int) -> float:
-    """ms per trial-step, until every trial has been evaluated at least --evaluations times."""
+    """ms per trial-step, over as many steps as give every trial --evaluations evaluations."""
     stepped, wanted = 0, trials * args.every * args.evaluations
     for _ in range(args.every):  # moments come to be, and every slot gets its first step
         stepped += len(pack.trials) - len(pack.parked)
         pack.step()
     began, warm = time.perf_counter(), stepped
-    while stepped < wanted:
+    while stepped < warm + wanted:
         stepped += len(pack.trials) - len(pack.parked)
         pack.step()
     return 1e3 * (time.perf_counter() - began) / (stepped - warm)
