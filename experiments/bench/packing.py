@@ -2,6 +2,7 @@
 
     python experiments/bench/packing.py [engine] [--tokens 64 256 512 1024] [--trials 8] [--quick]
     python experiments/bench/packing.py planner
+    python experiments/bench/packing.py slots --help
 
 engine, without Ray, one process, --threads threads; ways take turns, medians of --rounds rounds:
   efficiency   tokens/s of N packed trials over tokens/s of one adapter with the same total tokens
@@ -13,11 +14,14 @@ Rows are --length tokens long, every token trained. --shape names a random model
 4 layers, vocabulary 2,048), d64, d512, 1b and 8b (the shapes of Llama 3.2 1B and 3.1 8B; written to
 a temporary folder first). --quant nf4 quantises it. --memory: peak of the pack at the end.
 planner: the simulated placement of 10,000 trials on 1,000 and 300 GPUs (rayft/trials/simulate.py).
+slots: time and memory of a pack by its number of slots, and with trials that take turns
+(packing_slots.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import shutil
 import statistics
 import sys
@@ -40,6 +44,7 @@ from _common import (
     spread,
     synchronise,
 )
+from packing_planner import planner
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayft.compose.job import AttemptJob
@@ -48,7 +53,6 @@ from rayft.data.cache import save
 from rayft.data.table import TokenTable, from_documents
 from rayft.storage.folder import Storage
 from rayft.trials.pack import Pack
-from rayft.trials.simulate import asha_lengths, simulate
 
 SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, vocabulary
     "d64": (64, 2, 4, 2, 176, 2048),
@@ -241,30 +245,6 @@ def engine(args: argparse.Namespace) -> None:
                 print(f"  peak memory {peak_memory(lab.device) / 2**30:.2f} GiB")
 
 
-def planner() -> None:
-    """The placement rule on a large cluster."""
-    import random
-
-    rng = random.Random(0)
-    cases = {
-        "steps 100 to 900": [rng.randint(100, 900) for _ in range(10_000)],
-        "survivors of 3 rungs": asha_lengths(10_000, 900, 100, 3),
-    }
-    print("10,000 trials, one pack per GPU, one step = 0.3 + 0.7 n seconds at n trials")
-    print("lengths                order          GPUs   slots  makespan/bound  slots full  took")
-    for name, lengths in cases.items():
-        for order, gpus in (("longest first", 1000), ("as drawn", 1000), ("as drawn", 300)):
-            for slots in (2, 4):
-                given = sorted(lengths, reverse=True) if order == "longest first" else lengths
-                began = time.perf_counter()
-                o = simulate(given, gpus, slots, 0.3, 0.7)
-                spent = time.perf_counter() - began
-                print(
-                    f"{name:<22} {order:<14} {gpus:<6} {slots:<6} {o.makespan / o.bound:<15.3f} "
-                    f"{o.fullness:<11.3f} {spent:.2f} s"
-                )
-
-
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Of `argv`, by default of the command line."""
     parser = argparse.ArgumentParser(
@@ -292,6 +272,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["slots"]:
+        importlib.import_module("packing_slots").main(sys.argv[2:])  # which imports this module
+        return
     args = arguments()
     planner() if args.what == "planner" else engine(args)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,10 +21,10 @@ from rayft.core.batch import Batch
 from rayft.core.errors import ConfigError, InfeasibleError
 from rayft.models.tokenizer import pad_id
 from rayft.storage.folder import Storage
-from rayft.trials.commit_queue import CommitQueue
+from rayft.trials.commit_queue import CommitQueue, CommitThreads
 from rayft.trials.forward import PackedModel
 from rayft.trials.initial import FreshAdapter
-from rayft.trials.memory import MemoryBudget, MemoryClaim
+from rayft.trials.memory import MemoryBudget, MemoryClaim, MemoryLoad
 from rayft.trials.plan import pack_differences, why_not_shared
 from rayft.trials.rank_bucket import TrialAdapter
 from rayft.trials.slot import Optimizer, QuietSignals, SlotEngine, SlotGenerators, TrialSlot
@@ -67,9 +67,9 @@ def micro_batch_rows(run: Run) -> int:
     return -(-run.train.global_batch // pieces)
 
 
-def memory_claim(run: Run, adapter: TrialAdapter, corpus: Corpus) -> MemoryClaim:
-    """What a trial needs at most."""
-    length = run.data.max_length if run.data.packing else int(corpus.train.lengths.max())
+def memory_claim(run: Run, adapter: TrialAdapter, longest: int) -> MemoryClaim:
+    """What a trial needs at most. `longest`: tokens of the longest document."""
+    length = run.data.max_length if run.data.packing else longest
     method = run.methods[0]
     if not isinstance(method, LoraSpec):
         raise UnsharedBase(f"{run.name} is no LoRA run")
@@ -77,13 +77,14 @@ def memory_claim(run: Run, adapter: TrialAdapter, corpus: Corpus) -> MemoryClaim
     return MemoryClaim(adapter.layout.size, adapter.rows, length, method.rank, kind)
 
 
-def check_memory(
-    budget: MemoryBudget, name: str, claim: MemoryClaim, others: list[MemoryClaim]
-) -> None:
+def check_memory(budget: MemoryBudget, name: str, claim: MemoryClaim, load: MemoryLoad) -> None:
     """Raises NoRoom where `claim` does not fit beside the others, InfeasibleError where it would
     not fit alone."""
     limit = f"{budget.limit / 2**30:.2f}"
-    alone, need = budget.need([claim]), budget.need([*others, claim])
+    alone = budget.need(MemoryLoad([claim]))
+    load.add(claim)
+    need, parked = budget.need(load), budget.need_host(load)
+    load.remove(claim)
     if alone > budget.limit:
         raise InfeasibleError(
             f"{name} needs {alone / 2**30:.2f} GiB, its pack has {limit}",
@@ -91,31 +92,44 @@ def check_memory(
         )
     if need > budget.limit:
         raise NoRoom(f"{name} would take its pack to {need / 2**30:.2f} GiB of {limit}")
+    if parked > budget.host_limit:
+        raise NoRoom(
+            f"with {name}, parked trials would take {parked / 2**30:.2f} GiB of host memory, which "
+            f"has {budget.host_limit / 2**30:.2f}"
+        )
 
 
 def measure_memory(
-    budget: MemoryBudget,
-    model: PackedModel,
-    slot: TrialSlot,
-    claim: MemoryClaim,
-    others: list[MemoryClaim],
+    budget: MemoryBudget, model: PackedModel, slot: TrialSlot, load: MemoryLoad
 ) -> None:
     """Measure a trial that may keep more per token than those before it, before it is in, and look
     again whether there is room. Raises as `check_memory` does."""
-    if budget.knows(claim):
+    if budget.knows(slot.claim):
         return
     try:
-        measure_activations(model, slot, claim, budget)
+        measure_activations(model, slot, budget)
     except torch.OutOfMemoryError as error:
         if model.device.type == "cuda":
             torch.cuda.empty_cache()  # what the attempt took must not starve the others
-        if others:
-            raise NoRoom(f"{slot.trial} ran out of memory beside {len(others)} others") from error
+        if load.trials:
+            raise NoRoom(f"{slot.trial} ran out of memory beside {load.trials} others") from error
         raise InfeasibleError(
             f"{slot.trial} runs out of memory, alone in its pack",
             fix="lower train.micro_batch, data.max_length or methods.0.rank",
         ) from error
-    check_memory(budget, slot.trial, claim, others)
+    check_memory(budget, slot.trial, slot.claim, load)
+
+
+@dataclass(frozen=True)
+class SharedParts:
+    """What all trials of a pack have in common."""
+
+    corpus: Corpus
+    built: BuiltModel
+    eval_batches: tuple[Batch, ...]
+    optimizer: Optimizer
+    facts: Mapping[str, object]
+    threads: CommitThreads  # of their commits
 
 
 def make_slot(
@@ -123,25 +137,21 @@ def make_slot(
     run: Run,
     start: FreshAdapter,
     adapter: TrialAdapter,
-    corpus: Corpus,
-    shared: BuiltModel,
-    eval_batches: tuple[Batch, ...],
-    optimizer: Optimizer,
-    facts: Mapping[str, object],
+    claim: MemoryClaim,
+    shared: SharedParts,
 ) -> TrialSlot:
-    """A trial around `adapter`, which is in a bucket; not begun. `shared`: what all trials of the
-    pack have in common."""
+    """A trial around `adapter`, which is in a bucket; not begun."""
     groups = tuple(replace(one, params=(adapter.params[one.name],)) for one in start.groups)
-    made = optimizer(list(groups), run.optim)
+    made = shared.optimizer(list(groups), run.optim)
     device = adapter.params["lora_A"].device
-    stream = train_stream(run, corpus, pad_id(shared.tokenizer))
+    stream = train_stream(run, shared.corpus, pad_id(shared.built.tokenizer))
     parts = RunParts(
         run=run,
-        built=replace(shared, methods=start.methods, groups=groups),
+        built=replace(shared.built, methods=start.methods, groups=groups),
         engine=SlotEngine(adapter, start, made, device),
         stream=stream,
-        eval_batches=eval_batches,
-        tasks=corpus.tasks,
+        eval_batches=shared.eval_batches,
+        tasks=shared.corpus.tasks,
         steps=steps_of(run, stream),
         params_total=start.params_total,
         params_trainable=start.params_trainable,
@@ -149,9 +159,19 @@ def make_slot(
     storage = Storage.open(run.storage).child(run.name)
     generators = SlotGenerators(device)
     session = RunSession(job, parts, storage, QuietSignals(), time.monotonic(), drawing=generators)
-    record = trial_record(storage, run, job, facts)
-    commits, movement = CommitQueue(session.writer), GroupMovement(parts.engine.group_of(), device)
-    return TrialSlot(run.name, run, adapter, session, made, generators, commits, record, movement)
+    record = trial_record(storage, run, job, shared.facts)
+    return TrialSlot(
+        trial=run.name,
+        run=run,
+        adapter=adapter,
+        claim=claim,
+        session=session,
+        optimizer=made,
+        generators=generators,
+        commits=CommitQueue(session.writer, shared.threads),
+        record=record,
+        movement=GroupMovement(parts.engine.group_of(), device),
+    )
 
 
 def restore_or_start(slot: TrialSlot, source: str | None, base: Mapping[str, float]) -> None:

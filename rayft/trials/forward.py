@@ -7,7 +7,7 @@ Each trial's micro-batch keeps its rows; shorter ones are padded on the right to
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,10 +20,15 @@ from rayft.core.batch import Batch, joined_batch
 from rayft.core.protocols import Objective
 from rayft.core.reduce import scales, trial_losses
 from rayft.models.policy import CausalPolicy
+from rayft.trials.adapter_layout import LayerSize
 from rayft.trials.batch_layout import BatchLayout, LayoutHolder, TrialDropout, TrialSegment
 from rayft.trials.packed_lora import PackedLinear
-from rayft.trials.rank_bucket import BucketSet, LayerSize, TrialAdapter
+from rayft.trials.rank_bucket import BucketSet, TrialAdapter
 from rayft.trials.types import UnsharedBase
+
+PASS_TOKENS = {"cpu": 8_192, "cuda": 32_768}
+"""Of one forward pass, padding included. Where many trials are in, a step takes several passes, so
+that their activations need not fit together; products gain nothing from more rows by then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +86,7 @@ class PackedModel:
         self.step.train()
         self._recomputes = recomputes
         self.most_tokens = 0  # of a training batch so far, padding included
+        self.pass_tokens = PASS_TOKENS[device.type]
 
     # ---- an Engine of the base alone
 
@@ -106,12 +112,16 @@ class PackedModel:
 
     # ---- trials
 
+    def in_order(self, parts: Sequence[TrialBatch]) -> list[TrialBatch]:
+        """As the buckets have them: neighbours share products."""
+        order = self.buckets.order()
+        return sorted(parts, key=lambda part: order[part.adapter])
+
     def arranged(self, parts: Sequence[TrialBatch]) -> tuple[Batch, BatchLayout, list[TrialBatch]]:
         """Their rows as one batch (`trial`: the place in the list that comes back), and its
         layout; in the order of the buckets."""
         places = self.buckets.places()
-        order = {adapter: number for number, adapter in enumerate(places)}
-        parts = sorted(parts, key=lambda part: order[part.adapter])
+        parts = self.in_order(parts)
         batch = joined_batch([part.batch for part in parts])
         segments: list[TrialSegment] = []
         first = 0
@@ -171,6 +181,21 @@ class PackedModel:
             name: (sums.view(trials, -1)[order], counts.view(trials, -1)[order])
             for name, (sums, counts) in found.items()
         }
+
+
+def cut_into_passes(parts: Iterable[TrialBatch], most: int) -> Generator[list[TrialBatch]]:
+    """Neighbours whose joined batch has at most `most` tokens, padding included, or one trial's
+    part that has more."""
+    taken: list[TrialBatch] = []
+    rows = length = 0
+    for part in parts:
+        rows, length = rows + part.batch.rows, max(length, part.batch.input_ids.shape[1])
+        if taken and rows * length > most:
+            yield taken
+            taken, (rows, length) = [], part.batch.input_ids.shape
+        taken.append(part)
+    if taken:
+        yield taken
 
 
 _NOBODY = torch.Generator()  # nothing is drawn in evaluations

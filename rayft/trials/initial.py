@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -20,7 +21,8 @@ from rayft.config.run import Run
 from rayft.core.errors import ConfigError
 from rayft.core.protocols import Method, ParamGroup
 from rayft.models.load import model_facts
-from rayft.trials.rank_bucket import GROUPS, AdapterLayout, LayerSize, TrialAdapter, padded
+from rayft.trials.adapter_layout import GROUPS, AdapterLayout, LayerSize, layout_of, padded
+from rayft.trials.rank_bucket import TrialAdapter
 
 _MARKS = {"lora_A": ".lora_A.", "lora_B": ".lora_B.", "lora_magnitude": ".lora_magnitude_vector."}
 
@@ -41,7 +43,7 @@ class FreshAdapter:
 
     def adapter(self, rows: int) -> TrialAdapter:
         """Its place holder; `rows` of a micro-batch."""
-        layout = AdapterLayout(self.layers, padded(self.spec.rank), self.spec.dora)
+        layout = layout_of(self.layers, padded(self.spec.rank), self.spec.dora)
         dtype = self.tensors[0]["lora_A"].dtype
         norms = ()
         if self.spec.dora:  # m starts as the row norms of W, because B A is zero
@@ -109,13 +111,19 @@ def fresh_adapter(template: PreTrainedModel, run: Run) -> FreshAdapter:
         spec,
         chosen,
         groups,
-        tuple(names.values()),
+        _names(tuple(tuple(one.items()) for one in names.values())),
         tensors,
         sizes,
         spec.alpha / root,
         facts.total,
         facts.trainable,
     )
+
+
+@lru_cache(maxsize=64)
+def _names(layers: tuple[tuple[tuple[str, str], ...], ...]) -> tuple[dict[str, str], ...]:
+    """Of FreshAdapter: one for all trials that adapt the same layers in the same way."""
+    return tuple(dict(one) for one in layers)
 
 
 def _full(tensor: Tensor) -> Tensor:

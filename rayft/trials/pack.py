@@ -7,8 +7,9 @@ leave between two steps. A trial's folder holds what its own run would leave the
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, wait
 
 import torch
@@ -34,13 +35,14 @@ from rayft.models.tokenizer import load_tokenizer
 from rayft.records.run_record import Status
 from rayft.strategies.optim import build_optimizer
 from rayft.trials import admission
+from rayft.trials.commit_queue import CommitThreads
 from rayft.trials.forward import PackedModel
-from rayft.trials.initial import FreshAdapter, fresh_adapter, shared_copy
-from rayft.trials.memory import MemoryBudget, memory_limit, model_bytes
+from rayft.trials.initial import fresh_adapter, shared_copy
+from rayft.trials.memory import MemoryBudget, host_memory, memory_limit, model_bytes
 from rayft.trials.meter import PackMeter
-from rayft.trials.rank_bucket import TrialAdapter
 from rayft.trials.scoring import HeldOut
 from rayft.trials.slot import Optimizer, TrialSlot
+from rayft.trials.slot_table import SlotTable
 from rayft.trials.step import isolated, solo_seconds, step_trials
 from rayft.trials.types import HostStatus, NoRoom, TrialReport
 
@@ -51,7 +53,8 @@ class Pack:
     Args:
         run: of any trial: the base model, the targets, the objective and the data are read from it.
         data_dir, data_hash: compose.job.PreparedData.uri and .hash.
-        slots: trials at a time.
+        slots: trials that train at a time.
+        waiting: trials beyond them, which take turns with them at evaluations (slot_table.py).
         memory: bytes the pack may use; default all of the device that nobody else holds.
         facts: "versions" and "hardware" for run.json.
         divergence: a held-out loss above this times the base model's is a diverged trial.
@@ -69,6 +72,7 @@ class Pack:
         device: torch.device,
         *,
         slots: int,
+        waiting: int = 0,
         memory: int | None = None,
         facts: Mapping[str, object] | None = None,
         divergence: float = 1.5,
@@ -78,21 +82,31 @@ class Pack:
         hush()
         refuse_missing_backward()
         admission.refuse_unpackable(run)
-        self.run, self.device, self.slots = run, device, slots
-        self._data_hash, self._facts, self._divergence = data_hash, dict(facts or {}), divergence
-        self._optimizer = optimizer
-        self._corpus = open_corpus(run, data_dir, data_hash)
-        self._load()
-        batches = held_out(run, self._corpus, self._built, 0, 1)
-        self._held_out = HeldOut(batches, self._corpus.tasks)
-        self._slots: dict[str, TrialSlot] = {}
+        self.run, self.device, self.slots, self.waiting = run, device, slots, waiting
+        self._data_hash, self._divergence = data_hash, divergence
+        corpus = open_corpus(run, data_dir, data_hash)
+        self._longest = int(corpus.train.lengths.max())
+        built = self._load()
+        batches = held_out(run, corpus, built, 0, 1)
+        self._held_out = HeldOut(batches, corpus.tasks)
+        self._shared = admission.SharedParts(
+            corpus, built, batches, optimizer, dict(facts or {}), CommitThreads()
+        )
+        self._table = SlotTable(self._model.buckets, slots, waiting)
         self._meter, evaluated = PackMeter(), time.perf_counter()
         self.base = self._held_out.base(self._model)
         self._meter.alone_eval_seconds = time.perf_counter() - evaluated
-        self._budget = MemoryBudget(device, self._bytes, memory or memory_limit(device))
+        self._budget = MemoryBudget(
+            device,
+            self._bytes,
+            memory or memory_limit(device),
+            slots=slots,
+            pass_tokens=self._model.pass_tokens,
+            host_limit=host_memory(),
+        )
         self._meter.start_seconds = time.perf_counter() - began
 
-    def _load(self) -> None:
+    def _load(self) -> BuiltModel:
         run = admission.with_precision(self.run, self.device)
         tokenizer = load_tokenizer(run.model)
         recomputes = run.train.gradient_checkpointing
@@ -114,19 +128,24 @@ class Pack:
             recomputes=recomputes,
         )
         step = self._model.step
-        self._built = BuiltModel(self._template, tokenizer, (), (), objective, step.policy, step)
+        return BuiltModel(self._template, tokenizer, (), (), objective, step.policy, step)
 
     # ---- who is in
 
     @property
     def trials(self) -> tuple[str, ...]:
         """Ids of the trials that are in."""
-        return tuple(self._slots)
+        return tuple(self._table.all)
+
+    @property
+    def parked(self) -> tuple[str, ...]:
+        """Of these, who has no slot now; who has waited longest comes first."""
+        return tuple(self._table.parked)
 
     @property
     def free(self) -> int:
-        """Free slots."""
-        return self.slots - len(self._slots)
+        """How many more trials may come."""
+        return self._table.free
 
     def admit(self, job: AttemptJob, source: str | None = None) -> int:
         """Take a trial in; the step it continues from.
@@ -142,23 +161,20 @@ class Pack:
         """
         run = Run.model_validate(job.config)
         admission.check_same_pack(run, job, self.run, self._data_hash)
-        if run.name in self._slots:
+        if run.name in self._table.all:
             raise ConfigError(f"{run.name} is in this pack already")
         if not self.free:
-            raise NoRoom(f"all {self.slots} slots of the pack are taken")
+            places = f" and {self.waiting} places to wait in" if self.waiting else ""
+            raise NoRoom(f"all {self.slots} slots{places} of the pack are taken")
         start = fresh_adapter(self._template, run)
         adapter = start.adapter(admission.micro_batch_rows(run))
-        others = [
-            admission.memory_claim(slot.run, slot.adapter, self._corpus)
-            for slot in self._slots.values()
-        ]
-        claim = admission.memory_claim(run, adapter, self._corpus)
-        admission.check_memory(self._budget, run.name, claim, others)
+        claim = admission.memory_claim(run, adapter, self._longest)
+        admission.check_memory(self._budget, run.name, claim, self._table.load)
         self._model.buckets.add(adapter, start.flat(adapter.layout))
         try:
-            slot = self._made(job, run, start, adapter)
+            slot = admission.make_slot(job, run, start, adapter, claim, self._shared)
             try:
-                admission.measure_memory(self._budget, self._model, slot, claim, others)
+                admission.measure_memory(self._budget, self._model, slot, self._table.load)
                 admission.restore_or_start(slot, source, self.base)
             except BaseException:
                 slot.abandon().result()
@@ -166,16 +182,19 @@ class Pack:
         except BaseException:
             self._model.buckets.drop(adapter)
             raise
-        self._slots[slot.trial] = slot
         if not self._meter.alone_step_seconds:
             self._meter.alone_step_seconds = solo_seconds(self._model, slot)
+        self._table.enter(slot)
         return slot.step
 
-    def _made(
-        self, job: AttemptJob, run: Run, start: FreshAdapter, adapter: TrialAdapter
-    ) -> TrialSlot:
-        shared = (self._corpus, self._built, self._held_out.batches, self._optimizer, self._facts)
-        return admission.make_slot(job, run, start, adapter, *shared)
+    def park(self, trial: str) -> None:
+        """Take a trial out of its slot, with its state kept, until `resume`: it can be committed
+        and can leave as others, but has no turn. One that waits gets the slot."""
+        self._table.park(trial)
+
+    def resume(self, trial: str) -> None:
+        """It waits for a slot again, and has it at once where one is free."""
+        self._table.resume(trial)
 
     def leave(self, trial: str, status: Status = "interrupted", *, keep: bool) -> Future[None]:
         """Free the slot at once. `keep`: its best state is committed and stays, else its
@@ -185,11 +204,11 @@ class Pack:
             Done when nothing in its folder is written or deleted any more; the others train on
             meanwhile. A StorageError where the files could not be written.
         """
-        return self._drop(self._slots[trial], status, keep, None)
+        return self._drop(self._table.all[trial], status, keep, None)
 
     def move(self, trial: str) -> Future[None]:
         """`leave`, with its present state committed: it goes on in another pack."""
-        slot = self._slots[trial]
+        slot = self._table.all[trial]
         slot.commits.write(slot.snapshot(best=False))
         return self._drop(slot, "interrupted", True, None)
 
@@ -199,7 +218,7 @@ class Pack:
         Raises:
             StorageError: it could not be written.
         """
-        slot = self._slots[trial]
+        slot = self._table.all[trial]
         slot.commits.write(slot.snapshot(best=False))
         slot.commits.settle()
         name = folder_name(slot.step, slot.session.job.attempt)
@@ -207,7 +226,8 @@ class Pack:
 
     def close(self) -> None:
         """Commit everyone who is still in, then let go."""
-        gone = [self.move(trial) for trial in self.trials]
+        # those without a slot first: nobody is to get one now
+        gone = [self.move(trial) for trial in (*self.parked, *self._table.resident)]
         wait(gone)
         for one in gone:
             one.result()
@@ -216,8 +236,7 @@ class Pack:
         self, slot: TrialSlot, status: Status, keep: bool, error: RayftError | None
     ) -> Future[None]:
         state = slot.last() if keep else None
-        del self._slots[slot.trial]
-        self._model.buckets.drop(slot.adapter)
+        self._table.remove(slot)
         if isinstance(error, StorageError):
             return slot.abandon()  # what is in its folder stays; nothing can be written there
         # a failed trial's commits stay, and no state that trained wrongly joins them
@@ -231,13 +250,14 @@ class Pack:
     # ---- steps
 
     def step(self) -> list[TrialReport]:
-        """One optimizer step of every trial, then the evaluations that are due. A trial that ends
-        has left its slot and its files are durable when it is told."""
+        """One optimizer step of every trial that has a slot, then the evaluations that are due, and
+        turns (slot_table.py). A trial that ends has left its slot and its files are durable when it
+        is told."""
         # One that was cut off between its last commit and its end came back with nothing to do.
-        over = [slot for slot in self._slots.values() if slot.step >= slot.schedule.total]
-        if over or not self._slots:
+        over = [slot for slot in self._table.all.values() if slot.step >= slot.schedule.total]
+        if over or not self._table.resident:
             return [self._ended(slot, {}, slot.metrics(0.0)) for slot in over]
-        slots, began = list(self._slots.values()), time.perf_counter()
+        slots, began = list(self._table.resident.values()), time.perf_counter()
         try:
             stepped = step_trials(self._model, slots)
         except DeadGradientError as error:  # of the base that all of them train on
@@ -248,7 +268,8 @@ class Pack:
             with isolated(slot, broken):
                 slot.finish_step(stepped[slot], seconds)
         due = [s for s in slots if s not in broken and s.schedule.evaluates(s.step)]
-        better = self._evaluate(due, broken)
+        limits = (self.base.get("eval_loss", math.nan), self._divergence)
+        better = self._held_out.judge(self._model, due, limits, broken)
         self._meter.charge(stepped, time.perf_counter() - began)
         for slot in slots:
             if slot not in broken:
@@ -258,6 +279,7 @@ class Pack:
         over = [slot for slot in slots if slot in broken or slot.step == slot.schedule.total]
         reports = [self._ended(slot, broken, slot.metrics(share)) for slot in over]
         going = [slot for slot in due if slot not in over]
+        self._table.take_turns(going)
         return [*reports, *(TrialReport(s.trial, s.step, s.metrics(share)) for s in going)]
 
     def _ended(
@@ -275,25 +297,3 @@ class Pack:
         if status == "done" and slot in broken:
             status = "failed"
         return TrialReport(slot.trial, slot.step, metrics, status, str(broken.get(slot, "")))
-
-    def _evaluate(
-        self, due: Sequence[TrialSlot], broken: dict[TrialSlot, RayftError]
-    ) -> set[TrialSlot]:
-        """Evaluate and log; those whose state is their best so far. A loss far above the base's
-        goes to `broken`."""
-        if not due or not self._held_out.batches:
-            return set()
-        better, start = set(), self.base["eval_loss"]
-        scores = self._held_out.score(self._model, [slot.adapter for slot in due])
-        for slot, found in zip(due, scores, strict=True):
-            with isolated(slot, broken):
-                if slot.session.judge(slot.step, found):
-                    better.add(slot)
-                if not found["eval_loss"] <= self._divergence * start:
-                    raise DivergedError(
-                        f"held-out loss {found['eval_loss']:.4g}, the base model has {start:.4g}",
-                        where=f"step {slot.step}",
-                        cause=f"above {self._divergence:g} times the base model's",
-                        fix="lower optim.lr or optim.clip",
-                    )
-        return better

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from rayft.trials.adapter_layout import LayerSize
 from rayft.trials.batch_layout import BatchLayout, LayoutHolder, TrialSegment, masks
-from rayft.trials.rank_bucket import LayerSize, RankBucket
+from rayft.trials.rank_bucket import RankBucket
 from rayft.trials.types import UnsharedBase
 
 SavedTensors = tuple[Tensor | None, Tensor, Tensor | None]

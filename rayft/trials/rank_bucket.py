@@ -9,86 +9,26 @@ B is transposed because CPU libraries are slow where the last side of a product 
 
 The three parts are the parameter groups lora_A, lora_B and lora_magnitude; each is one contiguous
 range of the row, which is what clipping and AdamW work on. What rank r < R leaves over is zero,
-gets zero gradients, and so stays zero. Gradients have the same layout. A bucket is exactly as long
-as it has trials: admitting or dropping one copies its rows (some MB per trial).
+gets zero gradients, and so stays zero. Gradients have the same layout.
+
+A bucket grows by one row in SPARE and shrinks when twice as many stand empty, so joining copies at
+most SPARE rows on average however many are in. The last row takes the place of one that leaves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-GROUPS = ("lora_A", "lora_B", "lora_magnitude")
-LEAST_RANK = 8
+from rayft.trials.adapter_layout import AdapterLayout, LayerSize
 
+SPARE = 16  # rows of a bucket for each one that stands empty after it has grown
 
 BucketKey = tuple[int, bool, bool, int]
 """(padded rank, dora, whether there is dropout, rows of a micro-batch)."""
-
-
-@dataclass(frozen=True)
-class LayerSize:
-    """One adapted linear layer."""
-
-    name: str  # of the module in the model
-    d_in: int
-    d_out: int
-
-
-@dataclass(frozen=True)
-class AdapterLayout:
-    """Offsets within a row."""
-
-    layers: tuple[LayerSize, ...]
-    rank: int  # padded
-    dora: bool
-
-    @cached_property
-    def ranges(self) -> dict[str, tuple[int, int]]:
-        """[start, stop) of every group."""
-        a = self.rank * sum(layer.d_in for layer in self.layers)
-        b = self.rank * sum(layer.d_out for layer in self.layers)
-        m = sum(layer.d_out for layer in self.layers) if self.dora else 0
-        found = {"lora_A": (0, a), "lora_B": (a, a + b), "lora_magnitude": (a + b, a + b + m)}
-        return {name: part for name, part in found.items() if part[0] < part[1]}
-
-    @cached_property
-    def size(self) -> int:
-        """Elements of a row."""
-        return max(stop for _, stop in self.ranges.values())
-
-    @cached_property
-    def offsets(self) -> tuple[dict[str, int], ...]:
-        """By layer: where each of its tensors starts."""
-        at = {name: start for name, (start, _) in self.ranges.items()}
-        found = []
-        for layer in self.layers:
-            found.append(dict(at))
-            at["lora_A"] += self.rank * layer.d_in
-            at["lora_B"] += self.rank * layer.d_out
-            if self.dora:
-                at["lora_magnitude"] += layer.d_out
-        return tuple(found)
-
-    def view(self, rows: Tensor, layer: int, group: str) -> Tensor:
-        """(n, size) -> the layer's A (n, R, d_in), B^T (n, R, d_out) or m (n, d_out)."""
-        size, start = self.layers[layer], self.offsets[layer][group]
-        shape = {
-            "lora_A": (self.rank, size.d_in),
-            "lora_B": (self.rank, size.d_out),
-            "lora_magnitude": (size.d_out,),
-        }[group]
-        flat = rows[:, start : start + torch.Size(shape).numel()]
-        return flat.view(len(rows), *shape)
-
-
-def padded(rank: int) -> int:
-    """The next power of two, at least LEAST_RANK."""
-    return max(LEAST_RANK, 1 << (rank - 1).bit_length())
 
 
 @dataclass(eq=False)
@@ -133,45 +73,81 @@ class TrialAdapter:
 
 
 class RankBucket:
-    """Rows of one key, stacked."""
+    """Rows of one key, stacked.
+
+    Attributes:
+        params, grads: (n, size), the rows in use.
+        scaling: (n, 1, 1): s.
+        norms: DoRA: (n, d_out) ||W||^2 by layer.
+        copied: rows that growing and shrinking have copied so far.
+    """
 
     def __init__(self, layout: AdapterLayout, device: torch.device, dtype: torch.dtype) -> None:
         self.layout = layout
         self.members: list[TrialAdapter] = []
-        self.params = torch.zeros(0, layout.size, device=device, dtype=dtype)
-        self.grads = torch.zeros_like(self.params)
         self.reached: set[tuple[int, int, int]] = set()  # (layer, low, high) with a gradient
-        self.scaling = self.params.new_zeros(0, 1, 1)
-        self.norms: list[Tensor] = []  # DoRA: (n, d_out) ||W||^2 by layer
+        self.copied = 0
+        empty = torch.zeros(0, layout.size, device=device, dtype=dtype)
+        self._params, self._grads = empty, torch.zeros_like(empty)  # (room, size)
+        self._scaling = empty.new_zeros(0, 1, 1)
+        sizes = [layer.d_out for layer in layout.layers] if layout.dora else []
+        self._norms = [empty.new_zeros(0, size) for size in sizes]
         self._views: dict[tuple[str, int, str, int, int], Tensor] = {}
         self._derived: dict[Hashable, Tensor] = {}  # from the parameters as they are now
+        self._changed()
 
     def add(self, adapter: TrialAdapter, flat: Tensor) -> None:
         """Take `adapter` in, with these (size,) parameters."""
-        self._rebuild([*self.members, adapter], [*self.params, flat])
+        place = len(self.members)
+        if place == len(self._params):
+            self._resize(place + _spare(place))
+        self.members.append(adapter)
+        self._params[place] = flat
+        self._grads[place] = 0
+        self._scaling[place] = adapter.scaling
+        for to, norms in zip(self._norms, adapter.norms, strict=True):
+            to[place] = norms
+        self._bind_row(place)
+        self._changed()
 
     def drop(self, adapter: TrialAdapter) -> None:
         """Let `adapter` go; its Parameters keep a copy of their values and no gradients."""
-        index = self.members.index(adapter)
-        flat = self.params[index].clone()
-        self._bind(adapter, flat, None)
-        kept = [i for i in range(len(self.members)) if i != index]
-        self._rebuild([self.members[i] for i in kept], [self.params[i] for i in kept])
+        place, last = self.members.index(adapter), len(self.members) - 1
+        self._bind(adapter, self._params[place].clone(), None)
+        if place < last:
+            for rows in (self._params, self._scaling, *self._norms):
+                rows[place] = rows[last]
+            self.members[place] = self.members[last]
+            self._bind_row(place)
+        self.members.pop()
+        if len(self._params) > last + 2 * _spare(last):
+            self._resize(last + _spare(last))
+        self._changed()
 
-    def _rebuild(self, members: list[TrialAdapter], rows: list[Tensor]) -> None:
-        like = self.params
+    def _resize(self, room: int) -> None:
+        used = len(self.members)
+        for adapter in self.members:
+            for param in adapter.params.values():
+                param.grad = None  # they hold the buffer, which goes before there is a new one
+        self.grads = self._grads = self._grads.new_zeros(0, self.layout.size)
+        self._params = self.params = _resized(self._params, used, room)
+        for place, adapter in enumerate(self.members):
+            self._bind(adapter, self._params[place], None)
+        self._grads = torch.zeros_like(self._params)
+        self._scaling = _resized(self._scaling, used, room)
+        self._norms = [_resized(one, used, room) for one in self._norms]
+        self.copied += used
+        for place in range(used):
+            self._bind_row(place)
+
+    def _changed(self) -> None:
+        used = len(self.members)
         self._views, self._derived = {}, {}
-        self.grads = like.new_zeros(0)  # before the new ones are made: nothing is in them now
-        self.params = torch.stack(rows) if rows else like.new_zeros(0, self.layout.size)
-        self.grads = torch.zeros_like(self.params)
-        self.members = members
-        self.scaling = like.new_tensor([adapter.scaling for adapter in members])[:, None, None]
-        layers = range(len(self.layout.layers)) if self.layout.dora and members else ()
-        self.norms = [
-            torch.stack([adapter.norms[layer] for adapter in members]) for layer in layers
-        ]
-        for index, adapter in enumerate(members):
-            self._bind(adapter, self.params[index], self.grads[index])
+        self.params, self.grads = self._params[:used], self._grads[:used]
+        self.scaling, self.norms = self._scaling[:used], [one[:used] for one in self._norms]
+
+    def _bind_row(self, place: int) -> None:
+        self._bind(self.members[place], self._params[place], self._grads[place])
 
     def _bind(self, adapter: TrialAdapter, flat: Tensor, grads: Tensor | None) -> None:
         for name, (start, stop) in self.layout.ranges.items():
@@ -226,15 +202,19 @@ class BucketSet:
     ) -> None:
         self.layers, self.device, self.dtype = layers, device, dtype
         self.all: dict[BucketKey, RankBucket] = {}
+        self._places: dict[TrialAdapter, tuple[RankBucket, int]] | None = None
+        self._order: dict[TrialAdapter, int] | None = None
 
     def add(self, adapter: TrialAdapter, flat: Tensor) -> None:
         """Take `adapter` in, with these (size,) parameters."""
         if adapter.key not in self.all:
             self.all[adapter.key] = RankBucket(adapter.layout, self.device, self.dtype)
+        self._places = self._order = None
         self.all[adapter.key].add(adapter, flat)
 
     def drop(self, adapter: TrialAdapter) -> None:
         """Let `adapter` go."""
+        self._places = self._order = None
         bucket = self.all[adapter.key]
         bucket.drop(adapter)
         if not bucket.members:
@@ -242,8 +222,28 @@ class BucketSet:
 
     def places(self) -> dict[TrialAdapter, tuple[RankBucket, int]]:
         """Where every row stands, in order."""
-        return {
-            adapter: (bucket, index)
-            for bucket in self.all.values()
-            for index, adapter in enumerate(bucket.members)
-        }
+        if self._places is None:
+            self._places = {
+                adapter: (bucket, index)
+                for bucket in self.all.values()
+                for index, adapter in enumerate(bucket.members)
+            }
+        return self._places
+
+    def order(self) -> dict[TrialAdapter, int]:
+        """The number of every row, through all buckets."""
+        if self._order is None:
+            self._order = {adapter: number for number, adapter in enumerate(self.places())}
+        return self._order
+
+
+def _spare(used: int) -> int:
+    """Rows that are made beyond those in use."""
+    return max(1, -(-used // SPARE))
+
+
+def _resized(rows: Tensor, used: int, room: int) -> Tensor:
+    """(room, ...) with the first `used` rows."""
+    made = rows.new_zeros(room, *rows.shape[1:])
+    made[:used] = rows[:used]
+    return made

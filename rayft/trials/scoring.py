@@ -1,4 +1,5 @@
-"""Held-out loss of several trials through one base: `compose.evaluate`, once for all of them."""
+"""Held-out loss of several trials through one base: `compose.evaluate`, once for all of them; and
+what follows from it."""
 
 from __future__ import annotations
 
@@ -7,8 +8,11 @@ from dataclasses import dataclass
 
 from rayft.compose.evaluate import EvalTally, evaluate
 from rayft.core.batch import Batch
+from rayft.core.errors import DivergedError, RayftError
 from rayft.trials.forward import PackedModel
 from rayft.trials.rank_bucket import TrialAdapter
+from rayft.trials.slot import TrialSlot
+from rayft.trials.step import isolated
 
 
 @dataclass(frozen=True)
@@ -35,3 +39,34 @@ class HeldOut:
                     some = adapters[first : first + fit]
                     tally.add(model.measure_trials(some, batch), batch.task, first)
         return [tally.metrics(index) for index in range(len(adapters))]
+
+    def judge(
+        self,
+        model: PackedModel,
+        due: Sequence[TrialSlot],
+        limits: tuple[float, float],
+        broken: dict[TrialSlot, RayftError],
+    ) -> set[TrialSlot]:
+        """Evaluate and log; those whose state is their best so far. A loss too far above the base's
+        goes to `broken`.
+
+        Args:
+            limits: loss of the base model, and how many times as much is too much.
+        """
+        if not due or not self.batches:
+            return set()
+        better: set[TrialSlot] = set()
+        start, times = limits
+        scores = self.score(model, [slot.adapter for slot in due])
+        for slot, found in zip(due, scores, strict=True):
+            with isolated(slot, broken):
+                if slot.session.judge(slot.step, found):
+                    better.add(slot)
+                if not found["eval_loss"] <= times * start:
+                    raise DivergedError(
+                        f"held-out loss {found['eval_loss']:.4g}, the base model has {start:.4g}",
+                        where=f"step {slot.step}",
+                        cause=f"above {times:g} times the base model's",
+                        fix="lower optim.lr or optim.clip",
+                    )
+        return better

@@ -25,6 +25,7 @@ from rayft.strategies.optim import MOMENTS, adam_state, read_lrs, set_lrs
 from rayft.strategies.slices import STEP, check_shapes
 from rayft.trials.commit_queue import CommitQueue, StateSnapshot
 from rayft.trials.initial import FreshAdapter
+from rayft.trials.memory import MemoryClaim
 from rayft.trials.rank_bucket import TrialAdapter
 from rayft.trials.trial_folder import RECORD, delete_checkpoints
 
@@ -159,12 +160,13 @@ class TrialSlot:
     trial: str
     run: Run
     adapter: TrialAdapter
+    claim: MemoryClaim
     session: RunSession[SlotEngine]
     optimizer: torch.optim.Optimizer
     generators: SlotGenerators
     commits: CommitQueue
     record: RunRecord
-    movement: GroupMovement
+    movement: GroupMovement | None  # until it has been looked at
     charged: float = 0.0  # engine seconds
     starting: bool = True  # no step yet since it came in
     unreached: list[int] = field(default_factory=list)  # layers without a gradient in its first one
@@ -226,8 +228,9 @@ class TrialSlot:
         if self.unreached:
             dead, total = engine.group_of(self.unreached), len(engine.group_of())
             raise no_gradient(dead, total, f"{self.trial}, step {step}")
-        if self.movement.looking:
+        if self.movement is not None:
             self.movement.look(step, engine.lrs(), tokens, engine.params)
+            self.movement = self.movement if self.movement.looking else None
 
     def save(self, best: bool) -> None:
         """Hold the best state; commit when a commit is due (at the end: `end`)."""

@@ -14,8 +14,8 @@ from rayft.compose.gradient_check import dead_graphs_named
 from rayft.core.batch import Batch
 from rayft.core.errors import DeadGradientError, DivergedError, RayftError, StorageError
 from rayft.core.reduce import counts
-from rayft.trials.forward import PackedModel, TrialBatch
-from rayft.trials.memory import MemoryBudget, MemoryClaim
+from rayft.trials.forward import PackedModel, TrialBatch, cut_into_passes
+from rayft.trials.memory import MemoryBudget
 from rayft.trials.rank_bucket import TrialAdapter
 from rayft.trials.slot import TrialSlot, TrialStep
 
@@ -88,10 +88,11 @@ def gradients(
             for slot, window in windows.items()
             if number < len(window)
         ]
-        with dead_graphs_named("in a pack"):
-            found = model.train(parts, totals)
-        for adapter, loss in found.items():
-            losses[adapter] += loss
+        for together in cut_into_passes(model.in_order(parts), model.pass_tokens):
+            with dead_graphs_named("in a pack"):
+                found = model.train(together, totals)
+            for adapter, loss in found.items():
+                losses[adapter] += loss
     return losses
 
 
@@ -102,9 +103,7 @@ def solo_seconds(model: PackedModel, slot: TrialSlot) -> float:
     return statistics.median(_solo_pass(model, slot, window) for _ in range(ALONE))
 
 
-def measure_activations(
-    model: PackedModel, slot: TrialSlot, claim: MemoryClaim, budget: MemoryBudget
-) -> None:
+def measure_activations(model: PackedModel, slot: TrialSlot, budget: MemoryBudget) -> None:
     """Tell `budget` what a forward and backward pass of a trial's largest micro-batch takes;
     nothing of it stays."""
     window = slot.session.parts.stream.window(slot.step + 1, 0, 1)
@@ -114,7 +113,7 @@ def measure_activations(
         _solo_pass(model, slot, [largest])
         return largest.input_ids.numel()
 
-    budget.measure(claim, once)
+    budget.measure(slot.claim, once)
 
 
 def _solo_pass(model: PackedModel, slot: TrialSlot, window: list[Batch]) -> float:

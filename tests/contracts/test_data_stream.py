@@ -107,12 +107,17 @@ def test_the_facts_of_a_step_are_those_of_the_batches_of_all_ranks(
     )
     facts = source.facts(step)
     batches = [batch.facts() for batch in all_ranks(source, step, world)]
+
+    def by_row(some) -> zip:
+        fields = (some.trained, some.lengths, some.task, some.trial)
+        return zip(*(values.tolist() for values in fields), strict=True)
+
     wanted: Counter = Counter()
     for each in batches:
-        wanted.update(zip(*(values.tolist() for values in vars(each).values()), strict=True))
+        wanted.update(by_row(each))
     dummies = {row: wanted.pop(row) for row in list(wanted) if not row[1]}
     assert all(row == (0, 0, 0, 0) for row in dummies)  # they count nothing
-    assert Counter(zip(*(v.tolist() for v in vars(facts).values()), strict=True)) == wanted
+    assert Counter(by_row(facts)) == wanted
     for kind in (LmSpec, SftSpec):
         objective = objectives.build(kind())
         assert torch.equal(counts(objective, [facts]), counts(objective, batches))

@@ -68,7 +68,7 @@ def test_nobody_waits_for_the_files_of_a_trial_that_leaves(lab, gathering, keep)
     where = f"leaves-{keep}"
     pack = lab.pack(lab.run("stopped", where=where), lab.run("stays", where=where))
     pack.step()
-    slot = pack._slots["stopped"]
+    slot = pack._table.all["stopped"]
     slot.commits.write(slot.snapshot(best=False))
     gathering()
     gone = pack.leave("stopped", keep=keep)
@@ -83,7 +83,7 @@ def test_nobody_waits_for_the_files_of_a_trial_that_leaves(lab, gathering, keep)
 
 def test_commits_that_wait_are_not_written_for_a_trial_without_a_future(lab, gathering):
     pack = lab.pack(lab.run("waits"))
-    slot = pack._slots["waits"]
+    slot = pack._table.all["waits"]
     for _ in range(3):
         pack.step()
         slot.commits.write(slot.snapshot(best=False))
@@ -96,7 +96,7 @@ def test_files_that_vanish_under_a_pack_stop_nobody(lab, gathering):
     """As a driver did that cleared a loser before it had left."""
     pack = lab.pack(lab.run("loser"), lab.run("winner"))
     pack.step()
-    slot = pack._slots["loser"]
+    slot = pack._table.all["loser"]
     slot.commits.write(slot.snapshot(best=False))
     gathering()
     home_of(lab.run("loser")).delete("checkpoints")

@@ -26,12 +26,12 @@ def lab(tmp_path_factory) -> Lab:
 
 
 def rows(pack: Pack, trial: str) -> torch.Tensor:
-    return pack._slots[trial].adapter.flat()
+    return pack._table.all[trial].adapter.flat()
 
 
 def poison(pack: Pack, trial: str) -> None:
     with torch.no_grad():
-        pack._slots[trial].adapter.params["lora_B"].fill_(math.nan)
+        pack._table.all[trial].adapter.params["lora_B"].fill_(math.nan)
     for bucket in pack._model.buckets.all.values():
         bucket.updated()
 
@@ -214,7 +214,7 @@ def test_no_slot_no_memory_and_strangers_are_refused(lab, tmp_path):
         lab.pack(lab.run("all", "methods=[{kind: full}]"))
     stats = pack.stats()
     pack.close()
-    need = pack._budget.need([])
+    need = pack._budget.base
     with pytest.raises(InfeasibleError, match="GiB"):
         lab.pack(lab.run("big"), memory=need + 1000)
     tight = lab.pack(lab.run("one"), memory=need + (16 << 20))

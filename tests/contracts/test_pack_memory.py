@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rayft.core.errors import InfeasibleError
-from rayft.trials.memory import MemoryBudget, MemoryClaim, host_memory, memory_limit
+from rayft.trials.memory import MemoryBudget, MemoryClaim, MemoryLoad, host_memory, memory_limit
 from rayft.trials.types import NoRoom
 from tests.packs import CPU, Lab, home_of, losses
 
@@ -22,9 +22,9 @@ def lab(tmp_path_factory) -> Lab:
 def known(lab) -> tuple[int, int]:
     """(bytes of base and one adapter, bytes of one trial's activations)."""
     pack = lab.pack(lab.run("known"))
-    claim = MemoryClaim(next(iter(pack._slots.values())).adapter.layout.size, 4, 64, 4, PLAIN)
-    whole, budget = pack._budget.need([claim]), pack._budget
-    fixed = MemoryBudget(CPU, budget.base, 0).need([claim])
+    claim = MemoryClaim(next(iter(pack._table.all.values())).adapter.layout.size, 4, 64, 4, PLAIN)
+    whole, budget = pack._budget.need(MemoryLoad([claim])), pack._budget
+    fixed = MemoryBudget(CPU, budget.base, 0).need(MemoryLoad([claim]))
     pack.close()
     return fixed, whole - fixed
 
@@ -32,8 +32,10 @@ def known(lab) -> tuple[int, int]:
 def test_the_model_is_that_of_its_text():
     budget = MemoryBudget(CPU, base=1000, limit=0, per_token=10.0)
     claims = [MemoryClaim(5, 2, 30, 4, PLAIN), MemoryClaim(7, 1, 50, 4, PLAIN)]
-    assert budget.need([]) == 1000
-    assert budget.need(claims) == 1000 + 16 * 12 + 10 * 3 * 50  # all rows padded to the longest
+    assert budget.need(MemoryLoad([])) == 1000
+    assert (
+        budget.need(MemoryLoad(claims)) == 1000 + 16 * 12 + 10 * 3 * 50
+    )  # all rows padded to the longest
 
 
 def test_the_first_trial_is_refused_when_its_activations_do_not_fit(lab, known):
@@ -66,7 +68,7 @@ def test_a_neighbour_that_turns_out_too_large_waits(lab, known):
     done = lab.pack(alone)
     run, wide = lab.run("stays"), lab.run("masks", "methods.0.dropout=0.1")
     pack = lab.pack(run)
-    pack._budget.limit = pack._budget.need([c := _claim(pack), c]) + 1000
+    pack._budget.limit = pack._budget.need(MemoryLoad([c := _claim(pack), c])) + 1000
     with pytest.raises(NoRoom, match="GiB"):
         pack.admit(lab.job(wide))
     assert pack.trials == ("stays",)
@@ -94,8 +96,8 @@ def test_running_out_while_measuring_is_a_refusal(lab, others, error):
 
 
 def _claim(pack) -> MemoryClaim:
-    size = next(iter(pack._slots.values())).adapter.layout.size
-    return MemoryClaim(size, 4, int(pack._corpus.train.lengths.max()), 4, PLAIN)
+    size = next(iter(pack._table.all.values())).adapter.layout.size
+    return MemoryClaim(size, 4, pack._longest, 4, PLAIN)
 
 
 def test_a_kind_is_known_up_to_the_rank_that_was_measured():

@@ -19,6 +19,8 @@ from rayft.config.load import load
 from rayft.records.series import read_series
 from rayft.storage.folder import Storage
 from rayft.training.driver import train
+from rayft.trials.pack import Pack
+from tests.packs import Lab, losses
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,3 +104,25 @@ def test_gpu_and_cpu_agree(tmp_path, monkeypatch):
         rows = read_series(Storage.open(str(folder)).child("r"))
         losses[gpus] = [row["loss"] for row in rows if row["split"] == "train"]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_parked_trial_lies_in_host_memory_and_goes_on_bit_for_bit(tmp_path):
+    """Parameters, moments and the generator of its dropout."""
+    changes = ("methods.0.dropout=0.2", "train.eval_every=2", "optim.warmup=2.0")
+    lab, found = Lab(tmp_path, *changes, steps=4), {}
+    for where in ("still", "paused"):
+        run = lab.run("bits", where=where)
+        pack = Pack(run, lab.ready.uri, lab.ready.hash, torch.device("cuda", 0), slots=1)
+        pack.admit(lab.job(run))
+        while pack.trials:
+            pack.step()
+            if where == "paused" and pack.trials:
+                pack.park("bits")
+                slot = pack._table.all["bits"]
+                params = slot.adapter.params.values()
+                states = [t for p in params for t in slot.optimizer.state[p].values()]
+                assert all(t.is_pinned() for t in (*(p.data for p in params), *states))
+                pack.resume("bits")
+                assert all(p.is_cuda and p.grad.is_cuda for p in params)
+        found[where] = losses(run)
+    assert found["paused"] == found["still"] and len(found["still"]) == 4

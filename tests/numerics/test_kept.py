@@ -46,7 +46,7 @@ def test_it_is_in_every_commit_and_a_run_goes_on_with_it_alone(lab, monkeypatch)
     run, whole = lab.run("cut"), lab.run("whole")
     lab.solo(run, signals=Silent(stop_at=4))
     commit = find_commit(home_of(run))
-    assert commit is not None and commit.step == 3
+    assert commit is not None and commit.step == 4
     with commit.reader() as reader:
         kept = {name: t for name, t in reader.whole(0).items() if name.startswith(KEPT)}
     assert list(kept) == [KEPT + "model.own_frozen"]
@@ -55,7 +55,7 @@ def test_it_is_in_every_commit_and_a_run_goes_on_with_it_alone(lab, monkeypatch)
 
     with monkeypatch.context() as other:
         other.setattr(KeepingLora, "drawn", 6)
-        with pytest.raises(ConfigError, match="own_frozen is not what it was in checkpoint step-3"):
+        with pytest.raises(ConfigError, match="own_frozen is not what it was in checkpoint step-4"):
             lab.solo(run, attempt=2)
     lab.solo(run, attempt=3)
     steps, sizes = zip(*CALLS, strict=True)

@@ -89,7 +89,7 @@ def test_in_float64_with_sgd_nothing_differs(tmp_path, monkeypatch):
     corpus = open_corpus(runs[0], lab.ready.uri, lab.ready.hash)
     parts = [assemble(run, corpus, CPU) for run in runs]
     steppers = [stepper_of(part) for part in parts]
-    slots = [pack._slots[run.name] for run in runs]
+    slots = [pack._table.all[run.name] for run in runs]
     # the solo runs share this process: each gets its own generator state back for its step
     states = [slot.generators.cpu.get_state() for slot in slots]
     for step in range(1, 51):
