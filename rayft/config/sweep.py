@@ -151,6 +151,9 @@ class AshaSpec(Spec):
     """Steps that every trial gets; default: the first evaluation."""
     factor: float = Field(default=3, gt=1, le=10**6)
     """One trial in `factor` survives a rung; the next rung is `factor` times as far."""
+    promote: bool = False
+    """Trials wait at a rung, with their state kept, and go on once they are among the best there;
+    false: they run on until they are among the worst, and are stopped for good."""
 
 
 class PbtSpec(Spec):

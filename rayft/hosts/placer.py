@@ -26,7 +26,12 @@ from rayft.core.errors import RayftError
 from rayft.hosts.overview import HostsOverview
 from rayft.hosts.pack_actor import PackOpening
 from rayft.hosts.pack_pool import PackPool, PooledPack
-from rayft.hosts.placer_config import ATTEMPTS, PlacerConfig, prepare_trial_data
+from rayft.hosts.placer_config import (
+    ATTEMPTS,
+    PlacerConfig,
+    prepare_trial_data,
+    what_is_read,
+)
 from rayft.hosts.trial_host import ActorHandle
 from rayft.records.run_record import Status
 from rayft.storage.folder import Storage
@@ -116,6 +121,10 @@ class TrialPlacer:
         """
         self._left.add(trial)
         await self._free(trial, keep=keep, tell=True, status=status)
+
+    async def pause(self, trial: str) -> None:
+        """The trial's place is free, its state committed; it may enter again."""
+        await self._free(trial, keep=True, tell=True)
 
     async def host_lost(self, trial: str, why: str) -> None:
         """The trial's host broke: count it, replace a pack, and let the trial enter again.
@@ -242,11 +251,11 @@ class TrialPlacer:
 
     async def _prepared(self, run: Run) -> PreparedData:
         """The tokenised data of a trial: the sweep's own, unless the space changes what is read."""
-        if _reads(run) == _reads(self._base):
+        if what_is_read(run) == what_is_read(self._base):
             if self._data is None:
                 raise RayftError("trials enter before their data is prepared")
             return self._data
-        key = json.dumps(_reads(run))
+        key = json.dumps(what_is_read(run))
         if key not in self._other_data:  # once for all trials that read the same
             asked = prepare_trial_data.remote(run.resolved(), self._settings.driver)
             self._other_data[key] = asked
@@ -288,10 +297,3 @@ class TrialPlacer:
     async def _rebalance(self) -> None:
         if not self._stopping:
             self._where.pop(await self._packs.rebalance(), None)
-
-
-def _reads(run: Run) -> list[object]:
-    """What decides tokens and masks, as JSON."""
-    model = run.model
-    names = [model.path, model.revision, model.tokenizer, model.chat_template]
-    return [run.data.model_dump(mode="json"), run.objective.model_dump(mode="json"), *names]

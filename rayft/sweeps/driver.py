@@ -4,7 +4,7 @@ the report. The same command continues a sweep that was cut off."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -117,9 +117,9 @@ class _SweepDriver:
         replayed = ReplayedScheduler(scheduler(self.run), self.run, self.state.ledger)
         for name in replayed.stopped:
             self.state.stop(name)
-        searcher = SpaceSearcher(self.run, self.state.ledger)
+        searcher = SpaceSearcher(self.run, self.state.ledger, replayed)
         left = self.run.swept.count - sum(trial.over for trial in self.state.searched())
-        callback = self._callback(self._over)
+        callback = self._callback(self._over, lambda: replayed.paused)
         if left <= 0 or self._over():
             if not self._asked():
                 callback.finish()
@@ -131,12 +131,12 @@ class _SweepDriver:
             replayed,
             callback,
             name_of=searcher.name_of,
-            count=left,
+            count=left * replayed.visits,
             most=min(left, self.cluster.at_once + WAITING),
         )
         self._follow(phase, placer)
-        if self.reason:
-            callback.finish()
+        if self.reason or replayed.paused:
+            callback.finish()  # who still waits is not promoted any more
         self.state.write(stopped_by=self.reason or ("grid" if searcher.exhausted else "trials"))
 
     def _seeds(self, placer: ActorHandle) -> None:
@@ -160,7 +160,7 @@ class _SweepDriver:
             placer,
             searcher,
             FIFOScheduler(),
-            self._callback(self._asked),
+            self._callback(self._asked, tuple),
             name_of=searcher.name_of,
             count=len(wanted),
             most=len(wanted),
@@ -217,8 +217,11 @@ class _SweepDriver:
         if phase.error is not None:
             raise RayftError(f"Ray Tune failed: {phase.error}") from phase.error
 
-    def _callback(self, must_end: Callable[[], bool]) -> SweepCallback:
-        return SweepCallback(self.state, self.cluster.leaving, must_end, self.cluster.at_once)
+    def _callback(
+        self, must_end: Callable[[], bool], paused: Callable[[], Collection[str]]
+    ) -> SweepCallback:
+        cluster = self.cluster
+        return SweepCallback(self.state, cluster.leaving, must_end, paused, cluster.at_once)
 
     def _asked(self) -> bool:
         return self.interrupt.asked

@@ -77,9 +77,8 @@ class SweepState:
         self.write(status="running", starts=self.record.starts + 1, versions=versions(), **facts)
         self._writer = Ledger(self.home)
         hashes = (self.record.config_hash, self.record.data_hash)
-        fold(
-            [self._open_ledger().start(self.record.name, self.record.starts, *hashes)], self.ledger
-        )
+        line = self._open_ledger().start(self.record.name, self.record.starts, *hashes)
+        fold([line], self.ledger)
         if self.record.starts > 1:
             self._mend()
 
@@ -160,6 +159,11 @@ class SweepState:
             self._here[trial] = status
             self._clear_losers()
 
+    def paused(self, trial: str) -> None:
+        """It waits at a rung; when it goes on, a line says so."""
+        with self._lock:
+            self._here.pop(trial, None)
+
     def _already_known(self, trial: str, result: TuneResult) -> bool:
         """A host says again what lies behind a trial's commit; the first line has more numbers."""
         known, name = self.ledger.trials.get(trial), self.spec.metric
@@ -231,9 +235,8 @@ class SweepState:
         best = self.best()
         if self.spec.target is None or best is None:
             return False
-        return (
-            best[1] <= self.spec.target if self.spec.mode == "min" else best[1] >= self.spec.target
-        )
+        sign = 1 if self.spec.mode == "min" else -1
+        return sign * best[1] <= sign * self.spec.target
 
     def _announce_best(self, before: tuple[LedgerTrial, float] | None) -> None:
         now = self.best()
