@@ -128,7 +128,10 @@ class OptunaSpec(Spec):
 
     kind: Literal["optuna"] = "optuna"
     startup: int = Field(default=8, ge=1, le=TRIALS)
-    """Random trials before the model is trusted."""
+    """Random trials before the model is trusted; those of `prior` count."""
+    prior: tuple[str, ...] = Field(default=(), max_length=100)
+    """Folders of earlier sweeps by the same metric, on any storage: which of their trials were
+    better is known from the start."""
 
 
 class RandomSpec(Spec):

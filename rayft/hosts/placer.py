@@ -26,12 +26,7 @@ from rayft.core.errors import RayftError
 from rayft.hosts.overview import HostsOverview
 from rayft.hosts.pack_actor import PackOpening
 from rayft.hosts.pack_pool import PackPool, PooledPack
-from rayft.hosts.placer_config import (
-    ATTEMPTS,
-    PlacerConfig,
-    prepare_trial_data,
-    what_is_read,
-)
+from rayft.hosts.placer_config import ATTEMPTS, PlacerConfig, prepare_trial_data, what_is_read
 from rayft.hosts.trial_host import ActorHandle
 from rayft.records.run_record import Status
 from rayft.storage.folder import Storage
@@ -86,6 +81,9 @@ class TrialPlacer:
     async def begin(self, prepared: PreparedData) -> None:
         """The tokenised data of the sweep's own data section; trials may enter."""
         self._data = prepared
+        if self._base.swept.pack != "off" and not why_not_packed(self._base):
+            # loaded while the trials' own processes still start
+            self._packs.open_all(pack_key(self._base), await self._opening(self._base))
 
     async def enter(
         self, trial: str, params: Mapping[str, object], source: dict[str, str] | None, heard: int

@@ -32,6 +32,18 @@ class TriedParams:
     curve: Mapping[int, float]  # the sweep's metric by step, finite values only
 
 
+@dataclass(frozen=True)
+class PriorSweep:
+    """Trials of an earlier sweep whose settings this one's space holds."""
+
+    uri: str
+    digest: str  # sha256 of its ledger, first 16 hex digits
+    first: int  # steps of its first rung
+    factor: float  # how many times farther each next rung was
+    skipped: int  # its other trials
+    trials: tuple[TriedParams, ...]
+
+
 def key(params: TrialParams) -> str:
     """Equal for equal params; 1 and 1.0 differ."""
     return json.dumps(dict(params), sort_keys=True)

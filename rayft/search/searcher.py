@@ -14,7 +14,13 @@ from ray.tune.search import Searcher
 from rayft.config.run import Run
 from rayft.config.sweep import GridSpec, OptunaSpec
 from rayft.records.ledger import LedgerContents, LedgerTrial, TrialParams
-from rayft.search.samplers import GridSampler, RandomSampler, Sampler, TriedParams
+from rayft.search.samplers import (
+    GridSampler,
+    PriorSweep,
+    RandomSampler,
+    Sampler,
+    TriedParams,
+)
 from rayft.search.tpe import TpeSampler
 
 
@@ -92,7 +98,7 @@ class SpaceSearcher(_StatelessSearcher):
         ledger: what the ledger says. Unfinished trials come first, under their own ids and with
             their own params; then new ones until `sweep.count` ids are in use.
         waiting: trials that wait at a rung come when they are promoted, before new ones.
-        prior: trials of earlier sweeps, which `optuna` learns from.
+        prior: earlier sweeps, which `optuna` learns from.
 
     Attributes:
         exhausted: a finite space has no combination left (it may have fewer than trials).
@@ -103,7 +109,7 @@ class SpaceSearcher(_StatelessSearcher):
         run: Run,
         ledger: LedgerContents,
         waiting: Waiting | None = None,
-        prior: Sequence[Sequence[TriedParams]] = (),
+        prior: Sequence[PriorSweep] = (),
     ) -> None:
         super().__init__()
         sweep = run.swept

@@ -35,7 +35,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from rayft.config.run import Run
 from rayft.config.sweep import AshaSpec, Domain, MedianSpec, OptunaSpec
 from rayft.records.ledger import TrialParams
-from rayft.search.samplers import RandomSampler, TriedParams, picks_of
+from rayft.search.samplers import PriorSweep, RandomSampler, TriedParams, picks_of
 
 FACTOR = 3.0  # between two rungs where the scheduler has none
 
@@ -47,26 +47,30 @@ class TpeSampler(RandomSampler):
     run's seed, the trial's number and what is known of the others, not on how it became known.
 
     Args:
-        prior: trials of earlier sweeps, one list each; they count as the oldest ones.
+        prior: earlier sweeps; their trials count as the oldest ones.
     """
 
     def __init__(
         self,
         run: Run,
         taken: Sequence[TrialParams],
-        prior: Sequence[Sequence[TriedParams]] = (),
+        prior: Sequence[PriorSweep] = (),
     ) -> None:
         super().__init__(run, taken)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._labels = {n: _labels(d) for n, d in self._space.items() if _listed(d)}
         self._asks = {n: self._distribution(n, d) for n, d in self._space.items()}
         self._first, self._factor = rungs_of(run)
-        self._prior = [trial for sweep in prior for trial in self._told(sweep)]
+        self._prior = [
+            trial
+            for sweep in prior
+            for trial in self._told(sweep.trials, sweep.first, sweep.factor)
+        ]
         self._study = optuna.create_study()
 
     def _learn(self, tried: Sequence[TriedParams]) -> None:
         self._study = optuna.create_study()
-        self._study.add_trials([*self._prior, *self._told(tried)])
+        self._study.add_trials([*self._prior, *self._told(tried, self._first, self._factor)])
 
     def _pick(self, number: int, attempt: int) -> TrialParams:
         self._study.sampler = self._sampler(number, attempt)
@@ -75,10 +79,11 @@ class TpeSampler(RandomSampler):
         given = asked.params
         return {n: self._labels[n][given[n]] if n in self._labels else given[n] for n in self._asks}
 
-    def _told(self, tried: Sequence[TriedParams]) -> list[FrozenTrial]:
+    def _told(self, tried: Sequence[TriedParams], first: int, factor: float) -> list[FrozenTrial]:
         """The trials of one sweep as Optuna takes them, in their order."""
         inside = [(trial, picks_of(self._space, trial.params)) for trial in tried]
-        places = {id(trial): self.place(trial) for trial, _ in inside}
+        sign = 1 if self._sweep.mode == "min" else -1
+        places = {id(trial): place_of(trial, first, factor, sign) for trial, _ in inside}
         ranked = sorted(place for place in places.values() if place is not None)
         found: list[FrozenTrial] = []
         for trial, picks in inside:
@@ -95,23 +100,6 @@ class TpeSampler(RandomSampler):
                 )
             )
         return found
-
-    def place(self, trial: TriedParams) -> tuple[float, float] | None:
-        """Sorts trials of one sweep, the best first: (-rung, signed value); None: nothing known."""
-        sign = 1 if self._sweep.mode == "min" else -1
-        curve = {step: sign * value for step, value in trial.curve.items()}
-        if trial.status == "diverged":
-            return (math.inf, 0.0)
-        if trial.status == "failed" or not curve:
-            return None
-        if trial.status == "done":
-            return (-math.inf, min(curve.values()))
-        last = max(curve)
-        if last < self._first:
-            return (0.0, curve[last])
-        rung = math.floor(math.log(last / self._first) / math.log(self._factor) + 1e-9)
-        reached = min(s for s in curve if s >= self._first * self._factor**rung - 1e-6)
-        return (-1.0 - rung, curve[reached])
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
         search = self._sweep.search
@@ -139,6 +127,30 @@ def rungs_of(run: Run) -> tuple[int, float]:
     if isinstance(scheduler, MedianSpec):
         return scheduler.grace or first, FACTOR
     return first, FACTOR
+
+
+def place_of(
+    trial: TriedParams, first: int, factor: float, sign: int
+) -> tuple[float, float] | None:
+    """Sorts trials of one sweep, the best first: (-rung, signed value); None: nothing is known.
+
+    Args:
+        first, factor: rungs are at first * factor^k steps.
+        sign: 1 where less is better, else -1.
+    """
+    curve = {step: sign * value for step, value in trial.curve.items()}
+    if trial.status == "diverged":
+        return (math.inf, 0.0)
+    if trial.status == "failed" or not curve:
+        return None
+    if trial.status == "done":
+        return (-math.inf, min(curve.values()))
+    last = max(curve)
+    if last < first:
+        return (0.0, curve[last])
+    rung = math.floor(math.log(last / first) / math.log(factor) + 1e-9)
+    reached = min(step for step in curve if step >= first * factor**rung - 1e-6)
+    return (-1.0 - rung, curve[reached])
 
 
 def _share(ranked: Sequence[tuple[float, float]], place: tuple[float, float]) -> float:

@@ -24,6 +24,7 @@ from rayft.sweeps.best import copy_winner, refit, write_config
 from rayft.sweeps.callback import SweepCallback, snapshot_of
 from rayft.sweeps.cluster import close_placer, open_cluster
 from rayft.sweeps.ending import goes_on, leave_report, no_result_error, placer_lost_error
+from rayft.sweeps.prior import learned
 from rayft.sweeps.schedule import scheduler
 from rayft.sweeps.scheduler_replay import ReplayedScheduler
 from rayft.sweeps.state import SweepState
@@ -66,12 +67,7 @@ class _SweepDriver:
     """One start of a sweep, on the driver."""
 
     def __init__(
-        self,
-        run: Run,
-        state: SweepState,
-        view: SweepView,
-        interrupt: Interrupt,
-        again: str,
+        self, run: Run, state: SweepState, view: SweepView, interrupt: Interrupt, again: str
     ) -> None:
         self.run, self.state, self.view, self.again = run, state, view, again
         self.interrupt = interrupt
@@ -90,6 +86,7 @@ class _SweepDriver:
         if known:
             over = sum(trial.over for trial in known)
             self.view.note(f"continuing sweep {self.run.name}: {over} trials over, {shown}")
+        self.prior = learned(state)
         try:
             with open_cluster(self.run, state, self.view, self.interrupt) as self.cluster:
                 self._phases(self.cluster.placer)
@@ -117,7 +114,7 @@ class _SweepDriver:
         replayed = ReplayedScheduler(scheduler(self.run), self.run, self.state.ledger)
         for name in replayed.stopped:
             self.state.stop(name)
-        searcher = SpaceSearcher(self.run, self.state.ledger, replayed)
+        searcher = SpaceSearcher(self.run, self.state.ledger, replayed, self.prior)
         left = self.run.swept.count - sum(trial.over for trial in self.state.searched())
         callback = self._callback(self._over, lambda: replayed.paused)
         if left <= 0 or self._over():
