@@ -48,6 +48,7 @@ class TrialPlacer:
         self._base = Run.model_validate(settings.config)
         self._opened: PackPool | None = None
         self._data: PreparedData | None = None
+        self._begun = asyncio.Event()  # there is data
         self._other_data: dict[str, Awaitable[PreparedData]] = {}  # where the space changes it
         self._where: dict[str, PooledPack | ActorHandle] = {}  # a pack, or a trial's own host
         self._deaths: dict[str, int] = {}
@@ -81,6 +82,7 @@ class TrialPlacer:
     async def begin(self, prepared: PreparedData) -> None:
         """The tokenised data of the sweep's own data section; trials may enter."""
         self._data = prepared
+        self._begun.set()
         if self._base.swept.pack != "off" and not why_not_packed(self._base):
             # loaded while the trials' own processes still start
             self._packs.open_all(pack_key(self._base), await self._opening(self._base))
@@ -88,8 +90,8 @@ class TrialPlacer:
     async def enter(
         self, trial: str, params: Mapping[str, object], source: dict[str, str] | None, heard: int
     ) -> tuple[ActorHandle, str]:
-        """Wait for a place; the handle of the host that trains `trial` from now on, and its name
-        where it is a pack.
+        """Wait for the data and a place; the handle of the host that trains `trial` from now on,
+        and its name where it is a pack.
 
         Args:
             source: {"trial", "folder"} to continue another trial's state with these params.
@@ -98,6 +100,7 @@ class TrialPlacer:
         Raises:
             RayftError: it can never run; `ConfigError` for params that make no valid config.
         """
+        await self._begun.wait()
         # Tune also pauses a trial and gives it its own pointer: then its own commits are the state.
         other = source is not None and source["trial"] != trial
         await self._free(trial, keep=not other, tell=True)

@@ -75,6 +75,7 @@ class SweepCallback:
         must_end: whether the phase must end now.
         paused: trials that wait at a rung; to Tune they have ended.
         at_once: trials that have a place at the same time.
+        begun: set once the sweep exists on storage; Tune waits for it when it has a first trial.
     """
 
     def __init__(
@@ -84,12 +85,15 @@ class SweepCallback:
         must_end: Callable[[], bool],
         paused: Callable[[], Collection[str]],
         at_once: int,
+        begun: threading.Event,
     ) -> None:
-        self._state, self._leaving = state, leaving
+        self._state, self._leaving, self._begun = state, leaving, begun
         self._must_end, self._paused, self._at_once = must_end, paused, at_once
         self._predicted = False
 
     def started(self, trial: str, params: TrialParams) -> None:
+        self._begun.wait()
+        self._state.mark("first trial")
         self._leaving.done(trial)  # a promoted one must not enter before it has left
         self._state.started(trial, params)
 
