@@ -91,17 +91,7 @@ def open_cluster(
 
             @cache
             def begin() -> None:
-                prepared = data.on(hosts)
-                before = state.record.data_hash
-                if before and before != prepared.hash:
-                    raise DataError(
-                        f"the data changed since sweep {run.name} began",
-                        where="data.train, data.eval",
-                        fix="put the data back to continue, or choose another name",
-                    )
-                interrupt.check()
-                state.mark("data")
-                state.begin(data_hash=prepared.hash, data=prepared.stats, hardware=facts, error="")
+                prepared = _begin(state, data.on(hosts), interrupt, facts)
                 ray.get(placer.begin.remote(prepared))
                 view.note(capacity.sentence)
 
@@ -112,6 +102,23 @@ def open_cluster(
             elif not interrupt.cut_off:
                 close_placer(placer)
             leaving.close()
+
+
+def _begin(
+    state: SweepState, prepared: PreparedData, interrupt: Interrupt, hardware: dict[str, Any]
+) -> PreparedData:
+    """There is data: where it is the same as before, the sweep exists on storage from now on."""
+    before = state.record.data_hash
+    if before and before != prepared.hash:
+        raise DataError(
+            f"the data changed since sweep {state.run.name} began",
+            where="data.train, data.eval",
+            fix="put the data back to continue, or choose another name",
+        )
+    interrupt.check()
+    state.mark("data")
+    state.begin(data_hash=prepared.hash, data=prepared.stats, hardware=hardware, error="")
+    return prepared
 
 
 def _settings(
