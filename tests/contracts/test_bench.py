@@ -77,7 +77,7 @@ def test_both_sides_of_the_sweep_get_the_same_trials(monkeypatch, tmp_path) -> N
 
 
 def test_time_to_quality_is_what_it_says(capsys, monkeypatch) -> None:
-    """By hand: the best of both is 2.0, so the goal is 2.02; the worse side may never come there."""
+    """By hand: the best of both is 2.0, so the goal is 2.02; one side may never come there."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import sweep
     import sweep_quality
