@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ def trial(given: dict[str, Any], setting: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
-    params, steps = given["trial"], setting["steps"]
+    params, steps = given.get("trial", given), setting["steps"]
 
     class Report(TrainerCallback):
         def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
-            tune.report({"eval_loss": metrics["eval_loss"], "step": state.global_step})
+            loss = metrics["eval_loss"]
+            tune.report({"eval_loss": loss, "step": state.global_step, "at": time.time()})
 
     base = AutoModelForCausalLM.from_pretrained(setting["model"], dtype=torch.float32)
     model = get_peft_model(
@@ -107,6 +110,25 @@ def rows(config: dict[str, Any], folder: str) -> dict[str, Any]:
     return setting
 
 
+def search(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tune's space and what else its TuneConfig gets: the fixed list, or, for sweep.py --quality,
+    Optuna over rayft's space."""
+    from ray import tune
+    from ray.tune.search.optuna import OptunaSearch
+
+    how = config["trials"]
+    if isinstance(how, list):
+        return {"trial": tune.grid_search(how)}, {}
+    space = {
+        path: tune.choice(domain["choice"])
+        if "choice" in domain
+        else tune.loguniform(*domain["loguniform"])
+        for path, domain in config["sweep"]["space"].items()
+    }
+    facts = {"num_samples": how["trials"], "time_budget_s": how["limit"]}
+    return space, facts | {"search_alg": OptunaSearch(seed=config["seed"])}
+
+
 def main() -> None:
     """The sweep; the last line is JSON."""
     import ray
@@ -121,17 +143,28 @@ def main() -> None:
     scheduler = AsyncHyperBandScheduler(
         time_attr="step", max_t=steps, grace_period=10, reduction_factor=3
     )
+    space, searched = search(config)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, setting=setting), {"cpu": 1}),
-        param_space={"trial": tune.grid_search(config["trials"])},
-        tune_config=tune.TuneConfig(metric="eval_loss", mode="min", scheduler=scheduler),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric="eval_loss", mode="min", scheduler=scheduler, **searched
+        ),
         run_config=tune.RunConfig(storage_path=folder, verbose=0),
     )
     results = tuner.fit()
     best = results.get_best_result(scope="all")
+    frames = [result.metrics_dataframe for result in results]
+    history = [
+        pair
+        for frame in frames
+        if frame is not None and "eval_loss" in frame
+        for pair in zip(frame["at"].tolist(), frame["eval_loss"].tolist(), strict=True)
+    ]
     found = {
+        "history": [(at, loss) for at, loss in history if math.isfinite(loss)],
         "best": float(best.metrics_dataframe["eval_loss"].min()),
-        "winner": best.config["trial"],
+        "winner": best.config.get("trial", best.config),
         "steps": sum(int((result.metrics or {}).get("step", 0)) for result in results),
         "failed": results.num_errors,
     }

@@ -138,7 +138,10 @@ class OptunaSpec(Spec):
 
     kind: Literal["optuna"] = "optuna"
     startup: int = Field(default=8, ge=1, le=TRIALS)
-    """Random trials before the model is trusted."""
+    """Random trials before the model is trusted; those of `prior` count."""
+    prior: tuple[str, ...] = Field(default=(), max_length=100)
+    """Folders of earlier sweeps by the same metric, on any storage: which of their trials were
+    better is known from the start."""
 
 
 class RandomSpec(Spec):
@@ -161,6 +164,9 @@ class AshaSpec(Spec):
     """Steps that every trial gets; default: the first evaluation."""
     factor: float = Field(default=3, gt=1, le=10**6)
     """One trial in `factor` survives a rung; the next rung is `factor` times as far."""
+    promote: bool = False
+    """Trials wait at a rung, with their state kept, and go on once they are among the best there;
+    false: they run on until they are among the worst, and are stopped for good."""
 
 
 class PbtSpec(Spec):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 
 import ray
@@ -68,10 +69,24 @@ class PackPool:
             options["runtime_env"] = {"env_vars": settings.environment}
         host = PackActor.options(**options).remote(settings.driver, settings.cpus, settings.gpus)
         pack = PooledPack(name, host, failed=failed)
-        task = asyncio.get_running_loop().create_task(self._warm(pack))
+        self._keep(self._warm(pack))
+        return pack
+
+    def open_all(self, key: str, opening: PackOpening) -> None:
+        """Load the base that the first trials will most likely ask for; returns at once. What goes
+        wrong is told to the first trial, which tries again."""
+        for pack in self._all:
+            self._keep(self._open_early(pack, key, opening))
+
+    async def _open_early(self, pack: PooledPack, key: str, opening: PackOpening) -> None:
+        if pack.key is None and not pack.trials and not pack.opening:
+            with contextlib.suppress(ray.exceptions.RayError):
+                await self.open(pack, key, opening)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._warming.add(task)  # the loop itself holds tasks only weakly
         task.add_done_callback(self._warming.discard)
-        return pack
 
     async def _warm(self, pack: PooledPack) -> None:
         """Nobody enters before the process is there: after a lost node it may never be."""

@@ -26,7 +26,7 @@ from rayft.core.errors import RayftError
 from rayft.hosts.overview import HostsOverview
 from rayft.hosts.pack_actor import PackOpening
 from rayft.hosts.pack_pool import PackPool, PooledPack
-from rayft.hosts.placer_config import ATTEMPTS, PlacerConfig, prepare_trial_data
+from rayft.hosts.placer_config import ATTEMPTS, PlacerConfig, prepare_trial_data, what_is_read
 from rayft.hosts.trial_host import ActorHandle
 from rayft.records.run_record import Status
 from rayft.storage.folder import Storage
@@ -48,6 +48,7 @@ class TrialPlacer:
         self._base = Run.model_validate(settings.config)
         self._opened: PackPool | None = None
         self._data: PreparedData | None = None
+        self._begun = asyncio.Event()  # there is data
         self._other_data: dict[str, Awaitable[PreparedData]] = {}  # where the space changes it
         self._where: dict[str, PooledPack | ActorHandle] = {}  # a pack, or a trial's own host
         self._deaths: dict[str, int] = {}
@@ -81,12 +82,16 @@ class TrialPlacer:
     async def begin(self, prepared: PreparedData) -> None:
         """The tokenised data of the sweep's own data section; trials may enter."""
         self._data = prepared
+        self._begun.set()
+        if self._base.swept.pack != "off" and not why_not_packed(self._base):
+            # loaded while the trials' own processes still start
+            self._packs.open_all(pack_key(self._base), await self._opening(self._base))
 
     async def enter(
         self, trial: str, params: Mapping[str, object], source: dict[str, str] | None, heard: int
     ) -> tuple[ActorHandle, str]:
-        """Wait for a place; the handle of the host that trains `trial` from now on, and its name
-        where it is a pack.
+        """Wait for the data and a place; the handle of the host that trains `trial` from now on,
+        and its name where it is a pack.
 
         Args:
             source: {"trial", "folder"} to continue another trial's state with these params.
@@ -95,6 +100,7 @@ class TrialPlacer:
         Raises:
             RayftError: it can never run; `ConfigError` for params that make no valid config.
         """
+        await self._begun.wait()
         # Tune also pauses a trial and gives it its own pointer: then its own commits are the state.
         other = source is not None and source["trial"] != trial
         await self._free(trial, keep=not other, tell=True)
@@ -116,6 +122,10 @@ class TrialPlacer:
         """
         self._left.add(trial)
         await self._free(trial, keep=keep, tell=True, status=status)
+
+    async def pause(self, trial: str) -> None:
+        """The trial's place is free, its state committed; it may enter again."""
+        await self._free(trial, keep=True, tell=True)
 
     async def host_lost(self, trial: str, why: str) -> None:
         """The trial's host broke: count it, replace a pack, and let the trial enter again.
@@ -242,11 +252,11 @@ class TrialPlacer:
 
     async def _prepared(self, run: Run) -> PreparedData:
         """The tokenised data of a trial: the sweep's own, unless the space changes what is read."""
-        if _reads(run) == _reads(self._base):
+        if what_is_read(run) == what_is_read(self._base):
             if self._data is None:
                 raise RayftError("trials enter before their data is prepared")
             return self._data
-        key = json.dumps(_reads(run))
+        key = json.dumps(what_is_read(run))
         if key not in self._other_data:  # once for all trials that read the same
             asked = prepare_trial_data.remote(run.resolved(), self._settings.driver)
             self._other_data[key] = asked
@@ -288,10 +298,3 @@ class TrialPlacer:
     async def _rebalance(self) -> None:
         if not self._stopping:
             self._where.pop(await self._packs.rebalance(), None)
-
-
-def _reads(run: Run) -> list[object]:
-    """What decides tokens and masks, as JSON."""
-    model = run.model
-    names = [model.path, model.revision, model.tokenizer, model.chat_template]
-    return [run.data.model_dump(mode="json"), run.objective.model_dump(mode="json"), *names]

@@ -43,3 +43,10 @@ def prepare_trial_data(config: Mapping[str, object], driver: DriverContext) -> P
     return prepare_data(
         Run.model_validate(config), lambda function, items: [function(item) for item in items]
     )
+
+
+def what_is_read(run: Run) -> list[object]:
+    """What decides tokens and masks, as JSON."""
+    model = run.model
+    names = [model.path, model.revision, model.tokenizer, model.chat_template]
+    return [run.data.model_dump(mode="json"), run.objective.model_dump(mode="json"), *names]

@@ -122,6 +122,10 @@ class SweepRecord:
     cost: dict[str, float] = field(default_factory=dict)
     # "trial_seconds" engine seconds spent, "saved_by_stopping" and "saved_by_packing" seconds,
     # "start_seconds" a run of its own spends before its first step; how: report/savings
+    prior: dict[str, Any] = field(default_factory=dict)  # earlier sweep -> taken, skipped, digest
+    start: dict[str, float] = field(default_factory=dict)
+    # seconds after which the first driver had "ray", "hosts" (their processes are asked for),
+    # "data", "first trial" (Tune has its process), "first step" (of any trial), "first report"
     starts: int = 0  # of the driver
     params_total: int = 0
     stopped_by: str = ""  # what ended the search: trials | max_seconds | target | grid

@@ -24,15 +24,24 @@ LISTED = 10_000  # combinations looked through, one after another, for one that 
 
 
 @dataclass(frozen=True)
-class TrialOutcome:
-    """What became of a trial, for whoever draws the next one."""
+class TriedParams:
+    """What is known of a trial, under way or over, for whoever draws the next one."""
 
-    status: str  # done | stopped | diverged | failed
-    step: int = 0
-    best: float | None = None  # best finite metric over all reports
-    last: float | None = None  # of the last report
-    worst: float | None = None
-    base: float | None = None  # the base model's metric
+    params: TrialParams
+    status: str  # running | done | stopped | diverged | failed
+    curve: Mapping[int, float]  # the sweep's metric by step, finite values only
+
+
+@dataclass(frozen=True)
+class PriorSweep:
+    """Trials of an earlier sweep whose settings this one's space holds."""
+
+    uri: str
+    digest: str  # sha256 of its ledger, first 16 hex digits
+    first: int  # steps of its first rung
+    factor: float  # how many times farther each next rung was
+    skipped: int  # its other trials
+    trials: tuple[TriedParams, ...]
 
 
 def key(params: TrialParams) -> str:
@@ -62,28 +71,16 @@ def picks_of(space: Mapping[str, Domain], params: TrialParams) -> TrialParams | 
 class Sampler(Protocol):
     """Where the values of new trials come from: `RandomSampler`, `GridSampler`, `TpeSampler`."""
 
-    def ask(self, number: int) -> TrialParams | None:
-        """Params of trial `number` (from 1); None when a finite space has no more.
+    def ask(self, number: int, tried: Sequence[TriedParams]) -> TrialParams | None:
+        """Params of trial `number` (from 1); None when a finite space has no more. A function of
+        the run's seed and of what is given, so that a continued sweep draws as an unbroken one.
+
+        Args:
+            tried: all trials so far, by number.
 
         Raises:
             ConfigError: no draw made a valid config; it names the last one and why.
         """
-        ...
-
-    def bind(self, trial: str) -> None:
-        """What was asked for last runs as `trial`."""
-        ...
-
-    def resume(self, trial: str, params: TrialParams) -> None:
-        """`trial` is known and runs again."""
-        ...
-
-    def tell_past(self, params: TrialParams, outcome: TrialOutcome) -> None:
-        """What became of a trial that was over before this start."""
-        ...
-
-    def tell(self, trial: str, outcome: TrialOutcome) -> None:
-        """What became of `trial`."""
         ...
 
 
@@ -98,12 +95,12 @@ class RandomSampler:
         grids = {n: d.grid for n, d in self._space.items() if d.grid is not None}
         self._cycle = [dict(zip(grids, c, strict=True)) for c in itertools.product(*grids.values())]
 
-    def ask(self, number: int) -> TrialParams | None:
+    def ask(self, number: int, tried: Sequence[TriedParams]) -> TrialParams | None:
+        self._learn(tried)
         for attempt in range(TRIES):
             params = params_of(self._space, self._pick(number, attempt))
             if self._new(params):
                 return params
-            self._drop()
             if len(self._taken) + len(self._refused) >= (self._sweep.combinations or math.inf):
                 return None
         if self._sweep.combinations is not None:
@@ -115,17 +112,8 @@ class RandomSampler:
             fix="take out the values that do not go together, or pair those that do (paired)",
         )
 
-    def bind(self, trial: str) -> None:
-        """Nothing is learned."""
-
-    def resume(self, trial: str, params: TrialParams) -> None:
-        """Nothing is learned."""
-
-    def tell_past(self, params: TrialParams, outcome: TrialOutcome) -> None:
-        """Nothing is learned."""
-
-    def tell(self, trial: str, outcome: TrialOutcome) -> None:
-        """Nothing is learned."""
+    def _learn(self, tried: Sequence[TriedParams]) -> None:
+        """Chance learns nothing."""
 
     def _pick(self, number: int, attempt: int) -> TrialParams:
         """A value per dimension; a function of the seed and its arguments. Grids are gone through
@@ -134,12 +122,6 @@ class RandomSampler:
         row = number - 1 + attempt // 20  # one that fits nothing is left behind
         fixed = self._cycle[row % len(self._cycle)]
         return {n: fixed[n] if n in fixed else drawn(d, chance) for n, d in self._space.items()}
-
-    def _drop(self) -> None:
-        """What was drawn last is not used."""
-
-    def _force(self, picks: TrialParams) -> None:
-        """These picks instead of what `_pick` would give."""
 
     def _new(self, params: TrialParams) -> bool:
         """Whether a trial may have these params; if so they are taken."""
@@ -162,7 +144,6 @@ class RandomSampler:
         for index in range(min(whole, LISTED)):
             picks = combination(self._space, (start + index) % whole)
             if self._new(params := params_of(self._space, picks)):
-                self._force(picks)
                 return params
         return None
 
@@ -175,7 +156,7 @@ class GridSampler(RandomSampler):
         self._valid: list[TrialParams] = []
         self._rest = self._all()
 
-    def ask(self, number: int) -> TrialParams | None:
+    def ask(self, number: int, tried: Sequence[TriedParams]) -> TrialParams | None:
         while len(self._valid) < number:
             params = next(self._rest, None)
             if params is None:

@@ -6,21 +6,44 @@ The ledger is the searcher's only state: a new one, built from it, goes on where
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
 from rayft.config.run import Run
 from rayft.config.sweep import GridSpec, OptunaSpec
 from rayft.records.ledger import LedgerContents, LedgerTrial, TrialParams
-from rayft.search.samplers import GridSampler, RandomSampler, Sampler, TrialOutcome
+from rayft.search.samplers import (
+    GridSampler,
+    PriorSweep,
+    RandomSampler,
+    Sampler,
+    TriedParams,
+)
 from rayft.search.tpe import TpeSampler
 
 
 def name_for(number: int) -> str:
     """t0001, t0002, ..."""
     return f"t{number:04d}"
+
+
+class Waiting(Protocol):
+    """Trials that a scheduler holds back at a rung: `sweeps.scheduler_replay`."""
+
+    @property
+    def paused(self) -> Collection[str]:
+        """Who waits."""
+        ...
+
+    def promote(self, *, final: bool) -> str | None:
+        """Who goes on now, and waits no more; None without one.
+
+        Args:
+            final: there are no more trials to start.
+        """
+        ...
 
 
 class _StatelessSearcher(Searcher):
@@ -74,60 +97,78 @@ class SpaceSearcher(_StatelessSearcher):
         run: with a sweep block.
         ledger: what the ledger says. Unfinished trials come first, under their own ids and with
             their own params; then new ones until `sweep.count` ids are in use.
+        waiting: trials that wait at a rung come when they are promoted, before new ones.
+        prior: earlier sweeps, which `optuna` learns from.
 
     Attributes:
         exhausted: a finite space has no combination left (it may have fewer than trials).
     """
 
-    def __init__(self, run: Run, ledger: LedgerContents) -> None:
+    def __init__(
+        self,
+        run: Run,
+        ledger: LedgerContents,
+        waiting: Waiting | None = None,
+        prior: Sequence[PriorSweep] = (),
+    ) -> None:
         super().__init__()
         sweep = run.swept
-        self._metric_name, self._sign = sweep.metric, 1 if sweep.mode == "min" else -1
+        self._waiting, self._spent = waiting, False
+        self._under_way: set[str] = set()  # Tune's ids
+        self._metric_name = sweep.metric
         self.exhausted = False
         known = {t.id: t for t in ledger.trials.values() if not t.origin}
-        self._again = iter([trial for trial in known.values() if not trial.over])
+        held = () if waiting is None else waiting.paused
+        self._again = iter([t.id for t in known.values() if not t.over and t.id not in held])
         numbers = range(1, sweep.count + 1)
         self._numbers = iter([number for number in numbers if name_for(number) not in known])
-        kinds: dict[type[object], type[RandomSampler]] = {
-            OptunaSpec: TpeSampler,
-            GridSpec: GridSampler,
-        }
-        kind = kinds.get(type(sweep.search), RandomSampler)
-        self._sampler: Sampler = kind(run, [trial.params for trial in known.values()])
-        self._seen: dict[str, dict[int, dict[str, float]]] = {}  # id -> step -> metrics
-        over = [trial for trial in known.values() if trial.over]
-        # What diverged is told last, when the worst of the others is known.
-        for trial in sorted(over, key=lambda trial: trial.status == "diverged"):
-            seen = _seen(trial)
-            self._sampler.tell_past(trial.params, self._outcome(trial.status, trial.step, seen))
+        self._params = {trial.id: trial.params for trial in known.values()}
+        self._status: dict[str, str] = {trial.id: trial.status for trial in known.values()}
+        self._curves = {trial.id: self._told(trial) for trial in known.values()}
+        taken = list(self._params.values())
+        self._sampler: Sampler
+        if isinstance(sweep.search, OptunaSpec):
+            self._sampler = TpeSampler(run, taken, prior)
+        else:
+            grid = isinstance(sweep.search, GridSpec)
+            self._sampler = (GridSampler if grid else RandomSampler)(run, taken)
 
     def suggest(  # pyright: ignore[reportIncompatibleMethodOverride]  # Tune's hint lacks FINISHED
         self, trial_id: str
-    ) -> TrialParams | str:
+    ) -> TrialParams | str | None:
         """See ray.tune.search.Searcher.
 
         Raises:
             ConfigError: the space gives no valid config.
         """
-        trial = next(self._again, None)
-        if trial is not None:
-            self._names[trial_id], self._seen[trial.id] = trial.id, _seen(trial)
-            self._sampler.resume(trial.id, trial.params)
-            return dict(trial.params)
-        found = self._fresh()
-        if found is None:
-            return self.FINISHED
-        self._names[trial_id], params = found
-        return params
+        name = next(self._again, None) or self._promoted() or self._fresh() or self._promoted()
+        if name is None:
+            # whoever is under way may yet reach a rung and let another one go on
+            waits = self._waiting is not None and bool(self._under_way)
+            return None if waits else self.FINISHED
+        self._names[trial_id] = name
+        self._under_way.add(trial_id)
+        self._status[name] = "running"
+        return dict(self._params[name])
 
-    def _fresh(self) -> tuple[str, TrialParams] | None:
-        number = next(self._numbers, None)
-        params = None if number is None else self._sampler.ask(number)
+    def _promoted(self) -> str | None:
+        return None if self._waiting is None else self._waiting.promote(final=self._spent)
+
+    def _fresh(self) -> str | None:
+        number = None if self._spent else next(self._numbers, None)
+        params = None if number is None else self._sampler.ask(number, self._tried())
         if number is None or params is None:
-            self.exhausted = number is not None
+            self.exhausted, self._spent = self.exhausted or number is not None, True
             return None
-        self._sampler.bind(name_for(number))
-        return name_for(number), params
+        name = name_for(number)
+        self._params[name], self._curves[name] = params, {}
+        return name
+
+    def _tried(self) -> list[TriedParams]:
+        return [
+            TriedParams(self._params[name], self._status[name], self._curves[name])
+            for name in sorted(self._status)
+        ]
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._keep(self._names[trial_id], result)
@@ -137,33 +178,17 @@ class SpaceSearcher(_StatelessSearcher):
     ) -> None:
         """A trial that was still running was stopped."""
         name = self._names[trial_id]
+        self._under_way.discard(trial_id)
         if result:
             self._keep(name, result)
         status = "failed" if error else str((result or {}).get("status", "running"))
-        status = "stopped" if status == "running" else status
-        seen = self._seen.pop(name, {})
-        self._sampler.tell(name, self._outcome(status, max(seen, default=0), seen))
+        self._status[name] = "stopped" if status == "running" else status
 
     def _keep(self, name: str, result: Mapping[str, Any]) -> None:
-        wanted = (self._metric_name, "base_loss")
-        found = {n: float(result[n]) for n in wanted if isinstance(result.get(n), int | float)}
-        if found:
-            self._seen.setdefault(name, {})[int(result.get("step", 0))] = found
+        value = result.get(self._metric_name)
+        if isinstance(value, int | float) and math.isfinite(value):
+            self._curves[name][int(result.get("step", 0))] = float(value)
 
-    def _outcome(self, status: str, step: int, seen: dict[int, dict[str, float]]) -> TrialOutcome:
-        told = [(at, seen[at].get(self._metric_name, math.nan)) for at in sorted(seen)]
-        values = [value for _, value in told if math.isfinite(value)]
-        base = [found["base_loss"] for found in seen.values() if "base_loss" in found]
-        known = base and self._metric_name == "eval_loss" and math.isfinite(base[0])
-        return TrialOutcome(
-            status,
-            step,
-            best=min(values, key=lambda value: self._sign * value, default=None),
-            last=values[-1] if values else None,
-            worst=max(values, key=lambda value: self._sign * value, default=None),
-            base=base[0] if known else None,
-        )
-
-
-def _seen(trial: LedgerTrial) -> dict[int, dict[str, float]]:
-    return {report.step: dict(report.metrics) for report in trial.reports}
+    def _told(self, trial: LedgerTrial) -> dict[int, float]:
+        told = {report.step: report.metrics.get(self._metric_name) for report in trial.reports}
+        return {s: v for s, v in told.items() if v is not None and math.isfinite(v)}

@@ -1,10 +1,25 @@
-"""The tree-structured Parzen estimator as a way to draw: Optuna, driven by ask and tell."""
+"""The tree-structured Parzen estimator as a way to draw: Optuna, driven by ask and tell.
+
+What the estimator needs of trials is which are the better ones, nothing else; so it is told ranks.
+Curves are comparable at equal steps only. A trial that has not run to its end therefore counts at
+the last rung that it has reached, with its metric there: first those that came to their end, by
+their best value; then the others, by rung and value; last those that diverged. (Optuna ranks pruned
+trials the same way, by step and value, but at any step; and it ranks a diverged trial before every
+pruned one if it is told a bad value of it.) A trial under way counts as soon as it has a value at a
+rung; until then it counts as a bad one (constant liar), so that parallel draws spread.
+
+Earlier sweeps (sweep.search.prior) may have had another model, other data, other lengths. Their
+losses say nothing here, but which of their own settings were better does: so every sweep is ranked
+by itself, and ranks are told as shares, (rank + 1/2) / trials. An offset between sweeps, or any
+other monotone change of the metric, changes nothing.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import random
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 import optuna
@@ -14,110 +29,76 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from rayft.config.run import Run
-from rayft.config.sweep import Domain, OptunaSpec
+from rayft.config.sweep import AshaSpec, Domain, MedianSpec, OptunaSpec
 from rayft.records.ledger import TrialParams
-from rayft.search.samplers import RandomSampler, TrialOutcome, picks_of
+from rayft.search.samplers import PriorSweep, RandomSampler, TriedParams, picks_of
 
-WORST = 1e9  # the value of a diverged trial where nothing finite is known
+FACTOR = 3.0  # between two rungs where the scheduler has none
 
 
 class TpeSampler(RandomSampler):
-    """Optuna's multivariate tree-structured Parzen estimator, driven by ask and tell.
+    """Optuna's multivariate tree-structured Parzen estimator.
 
-    Trials under way count as bad ones (constant liar), so that parallel draws spread. Stopped
-    trials are told as pruned, with their last metric at their step; diverged ones with a value as
-    bad as the worst that was seen, so that the region is avoided. Every draw has a seed of its own,
-    made of the run's seed and the trial's number: a continued sweep does not draw the same again.
+    A study is made anew for every trial, of all trials in their order: what is drawn depends on the
+    run's seed, the trial's number and what is known of the others, not on how it became known.
+
+    Args:
+        prior: earlier sweeps; their trials count as the oldest ones.
     """
 
-    def __init__(self, run: Run, taken: Sequence[TrialParams]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        taken: Sequence[TrialParams],
+        prior: Sequence[PriorSweep] = (),
+    ) -> None:
         super().__init__(run, taken)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._sign = 1 if self._sweep.mode == "min" else -1
-        self._study = optuna.create_study(direction="minimize")  # of sign * metric
         self._labels = {n: _labels(d) for n, d in self._space.items() if _listed(d)}
         self._asks = {n: self._distribution(n, d) for n, d in self._space.items()}
-        self._asked: optuna.Trial | None = None
-        self._running: dict[str, optuna.Trial] = {}
-        self._worst = -math.inf  # of sign * metric
+        self._first, self._factor = rungs_of(run)
+        self._prior = [
+            trial
+            for sweep in prior
+            for trial in self._told(sweep.trials, sweep.first, sweep.factor)
+        ]
+        self._study = optuna.create_study()
 
-    def bind(self, trial: str) -> None:
-        if self._asked is not None:
-            self._running[trial], self._asked = self._asked, None
-
-    def resume(self, trial: str, params: TrialParams) -> None:
-        picks = picks_of(self._space, params)
-        if picks is not None:
-            self._force(picks)
-            self.bind(trial)
-
-    def tell_past(self, params: TrialParams, outcome: TrialOutcome) -> None:
-        """Those that diverged come last: what the worst is, is known then."""
-        picks = picks_of(self._space, params)
-        if picks is None:
-            return
-        self._see(outcome)
-        state, value = self._state(outcome)
-        last = outcome.last if state is TrialState.PRUNED else None
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                state=state,
-                value=value,
-                params=self._labelled(picks),
-                distributions=self._asks,
-                intermediate_values={} if last is None else {outcome.step: self._sign * last},
-            )
-        )
-
-    def tell(self, trial: str, outcome: TrialOutcome) -> None:
-        asked = self._running.pop(trial, None)
-        self._see(outcome)
-        if asked is None:
-            return
-        state, value = self._state(outcome)
-        if state is TrialState.PRUNED and outcome.last is not None:
-            asked.report(self._sign * outcome.last, outcome.step)
-        self._study.tell(asked, value, state)
-
-    def _see(self, outcome: TrialOutcome) -> None:
-        for value in (outcome.worst, outcome.best):
-            self._worst = max(self._worst, -math.inf if value is None else self._sign * value)
-
-    def _state(self, outcome: TrialOutcome) -> tuple[TrialState, float | None]:
-        if outcome.status == "stopped":
-            return TrialState.PRUNED, None
-        if outcome.status == "diverged":
-            return TrialState.COMPLETE, self._penalty(outcome)
-        if outcome.status == "done" and outcome.best is not None:
-            return TrialState.COMPLETE, self._sign * outcome.best
-        return TrialState.FAIL, None
-
-    def _penalty(self, outcome: TrialOutcome) -> float:
-        if math.isfinite(self._worst):
-            return self._worst
-        known = outcome.base is not None and self._sign > 0
-        return outcome.base * self._sweep.divergence if known and outcome.base else WORST
+    def _learn(self, tried: Sequence[TriedParams]) -> None:
+        self._study = optuna.create_study()
+        self._study.add_trials([*self._prior, *self._told(tried, self._first, self._factor)])
 
     def _pick(self, number: int, attempt: int) -> TrialParams:
         self._study.sampler = self._sampler(number, attempt)
-        self._asked = self._study.ask(self._asks)
-        given = self._asked.params
+        asked = self._study.ask(self._asks)
+        self._study.tell(asked, state=TrialState.FAIL)  # refused draws leave no trace
+        given = asked.params
         return {n: self._labels[n][given[n]] if n in self._labels else given[n] for n in self._asks}
 
-    def _drop(self) -> None:
-        if self._asked is not None:
-            self._study.tell(self._asked, state=TrialState.FAIL)
-            self._asked = None
-
-    def _force(self, picks: TrialParams) -> None:
-        self._study.enqueue_trial(self._labelled(picks))
-        self._asked = self._study.ask(self._asks)
-
-    def _labelled(self, picks: TrialParams) -> TrialParams:
-        return {n: _label(v) if n in self._labels else v for n, v in picks.items()}
+    def _told(self, tried: Sequence[TriedParams], first: int, factor: float) -> list[FrozenTrial]:
+        """The trials of one sweep as Optuna takes them, in their order."""
+        inside = [(trial, picks_of(self._space, trial.params)) for trial in tried]
+        sign = 1 if self._sweep.mode == "min" else -1
+        places = {id(trial): place_of(trial, first, factor, sign) for trial, _ in inside}
+        ranked = sorted(place for place in places.values() if place is not None)
+        found: list[FrozenTrial] = []
+        for trial, picks in inside:
+            if picks is None or trial.status == "failed":
+                continue
+            place = places[id(trial)]
+            waits = place is None
+            found.append(
+                create_trial(
+                    state=TrialState.RUNNING if waits else TrialState.COMPLETE,
+                    value=None if place is None else _share(ranked, place),
+                    params={n: _label(v) if n in self._labels else v for n, v in picks.items()},
+                    distributions=self._asks,
+                )
+            )
+        return found
 
     def _sampler(self, number: int, attempt: int) -> optuna.samplers.BaseSampler:
         search = self._sweep.search
@@ -135,6 +116,45 @@ class TpeSampler(RandomSampler):
         if domain.integers is not None:
             return IntDistribution(*domain.integers)
         return CategoricalDistribution(tuple(self._labels[name]))
+
+
+def rungs_of(run: Run) -> tuple[int, float]:
+    """Steps of the first rung, and how many times farther each next one is."""
+    first, scheduler = run.train.eval_every or 1, run.swept.scheduler
+    if isinstance(scheduler, AshaSpec):
+        return scheduler.grace or first, scheduler.factor
+    if isinstance(scheduler, MedianSpec):
+        return scheduler.grace or first, FACTOR
+    return first, FACTOR
+
+
+def place_of(
+    trial: TriedParams, first: int, factor: float, sign: int
+) -> tuple[float, float] | None:
+    """Sorts trials of one sweep, the best first: (-rung, signed value); None: nothing is known.
+
+    Args:
+        first, factor: rungs are at first * factor^k steps.
+        sign: 1 where less is better, else -1.
+    """
+    curve = {step: sign * value for step, value in trial.curve.items()}
+    if trial.status == "diverged":
+        return (math.inf, 0.0)
+    if trial.status == "failed" or not curve:
+        return None
+    if trial.status == "done":
+        return (-math.inf, min(curve.values()))
+    last = max(curve)
+    if last < first:
+        return (0.0, curve[last])
+    rung = math.floor(math.log(last / first) / math.log(factor) + 1e-9)
+    reached = min(step for step in curve if step >= first * factor**rung - 1e-6)
+    return (-1.0 - rung, curve[reached])
+
+
+def _share(ranked: Sequence[tuple[float, float]], place: tuple[float, float]) -> float:
+    """Share of the trials that are better, in the middle of its equals."""
+    return (bisect_left(ranked, place) + bisect_right(ranked, place)) / 2 / len(ranked)
 
 
 def _listed(domain: Domain) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import wait
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
 from rayft.config.run import Run
+from rayft.config.sweep import AshaSpec
 from rayft.hosts.overview import HostsOverview
 from rayft.hosts.trial_host import ActorHandle
 from rayft.records.ledger import LedgerTrial, TrialParams
@@ -36,7 +37,12 @@ class LeavingTrials:
     def ask(self, trial: str, status: Status, *, keep: bool) -> None:
         """Have the trial leave; returns at once. `status`: what it is from now on, unless it has
         ended by itself; `keep`: with its state committed."""
+        self.done(trial)  # it may be on its way to a pause
         self._asked[trial] = self._placer.leave.remote(trial, keep, status).future()
+
+    def pause(self, trial: str) -> None:
+        """Have the trial leave, to enter again later; returns at once."""
+        self._asked[trial] = self._placer.pause.remote(trial).future()
 
     def done(self, trial: str) -> bool:
         """Wait, LEAVE seconds at most; whether nothing writes the trial's folder any more."""
@@ -63,20 +69,32 @@ class LeavingTrials:
 
 
 class SweepCallback:
-    """TrialListener: the state, and the placer that gets places back."""
+    """TrialListener: the state, and the placer that gets places back.
+
+    Args:
+        must_end: whether the phase must end now.
+        paused: trials that wait at a rung; to Tune they have ended.
+        at_once: trials that have a place at the same time.
+        begun: set once the sweep exists on storage; Tune waits for it when it has a first trial.
+    """
 
     def __init__(
-        self, state: SweepState, leaving: LeavingTrials, must_end: Callable[[], bool], at_once: int
+        self,
+        state: SweepState,
+        leaving: LeavingTrials,
+        must_end: Callable[[], bool],
+        paused: Callable[[], Collection[str]],
+        at_once: int,
+        begun: threading.Event,
     ) -> None:
-        self._state, self._leaving, self._must_end, self._at_once = (
-            state,
-            leaving,
-            must_end,
-            at_once,
-        )
+        self._state, self._leaving, self._begun = state, leaving, begun
+        self._must_end, self._paused, self._at_once = must_end, paused, at_once
         self._predicted = False
 
     def started(self, trial: str, params: TrialParams) -> None:
+        self._begun.wait()
+        self._state.mark("first trial")
+        self._leaving.done(trial)  # a promoted one must not enter before it has left
         self._state.started(trial, params)
 
     def reported(self, trial: str, params: TrialParams, result: TuneResult) -> None:
@@ -88,6 +106,10 @@ class SweepCallback:
 
     def ended(self, trial: str, params: TrialParams, result: TuneResult) -> None:
         """The slot is asked back at once, so that the next trial gets it."""
+        if trial in self._paused():
+            self._leaving.pause(trial)
+            self._state.paused(trial)
+            return
         if not self._state.interrupted:
             running = result.get("status", "running") == "running"
             self._leaving.ask(trial, "stopped", keep=not running or self._state.is_best(trial))
@@ -120,7 +142,8 @@ class SweepCallback:
 
 def disk(run: Run, params: TrialParams, trainable: float, at_once: int) -> float:
     """Bytes that checkpoints of a sweep can take at one time: weights and two moments in fp32,
-    train.keep and the best of every trial that trains, the winner's, and one more being written.
+    train.keep and the best of every trial that trains, or waits at a rung, the winner's, and one
+    more being written.
 
     Args:
         params, trainable: of one trial; where the space holds ranks, the largest one counts.
@@ -131,6 +154,9 @@ def disk(run: Run, params: TrialParams, trainable: float, at_once: int) -> float
         if path.endswith(".rank") and isinstance(own, int) and own:
             widest = max(end for end in domain.ends() if isinstance(end, int)) / own
     each = 12 * trainable * widest
+    scheduler = run.swept.scheduler
+    if isinstance(scheduler, AshaSpec) and scheduler.promote:  # who waits keeps a state
+        at_once = max(at_once, run.swept.count)
     return each * (at_once * (run.train.keep + 2) + 2)
 
 

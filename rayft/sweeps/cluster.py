@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import ray
@@ -27,22 +28,26 @@ from rayft.hosts.capacity import ClusterCapacity, cluster_capacity, reasons_not_
 from rayft.hosts.placer import TrialPlacer
 from rayft.hosts.placer_config import PlacerConfig
 from rayft.hosts.trial_host import ActorHandle
+from rayft.records.run_record import SweepWinner
 from rayft.storage.folder import Storage
+from rayft.sweeps.best import copy_winner
 from rayft.sweeps.callback import LeavingTrials
 from rayft.sweeps.state import SweepState
 from rayft.sweeps.view import SweepView
 from rayft.training.state import versions
 
+PERIOD = 0.5  # seconds between two looks at the lease
 CLOSE = 60.0  # seconds that hosts get to commit and go
 
 
 @dataclass(frozen=True)
 class SweepCluster:
-    """The placer, and how many trials can train at the same time."""
+    """What the phases of a sweep work with."""
 
     placer: ActorHandle
-    at_once: int
+    at_once: int  # trials that can train at the same time
     leaving: LeavingTrials
+    begin: Callable[[], None]  # waits for the data, which trials wait for; see `open_cluster`
 
 
 @contextmanager
@@ -50,6 +55,8 @@ def open_cluster(
     run: Run, state: SweepState, view: SweepView, interrupt: Interrupt
 ) -> Generator[SweepCluster]:
     """The processes of packs and trials start while the data is found, or tokenised in them.
+
+    `begin` of what is yielded waits for the data, once; from then on the sweep exists.
 
     Raises:
         InfeasibleError, StorageError, DataError: the sweep has not begun.
@@ -61,12 +68,16 @@ def open_cluster(
     with connected(bool(reasons_not_packed(run)[1]), interrupt):
         interrupt.arm()  # ray.init installs a SIGTERM handler that ends the process
         interrupt.check()
+        state.mark("ray")
         living = nodes()
         capacity = cluster_capacity(run, living)
-        preflight.storage_everywhere(state.home, living)
+        own = ray.get_runtime_context().get_node_id()
+        # This process has looked for its own node: a task there would first need a process.
+        elsewhere = [node for node in living if node.id != own]
+        preflight.storage_everywhere(state.home, elsewhere)
         facts = cluster_hardware()
         settings = _settings(run, state, capacity, facts)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        here = NodeAffinitySchedulingStrategy(own, soft=False)
         name = f"rayft-{run.name}-placer-{os.getpid()}"
         # With the driver: a node that is lost must not take the sweep with it.
         placer: ActorHandle = TrialPlacer.options(name=name, scheduling_strategy=here).remote(
@@ -76,25 +87,38 @@ def open_cluster(
         state.left = leaving.done
         try:
             hosts = ray.get(placer.open.remote())
-            prepared = data.on(hosts)
-            before = state.record.data_hash
-            if before and before != prepared.hash:
-                raise DataError(
-                    f"the data changed since sweep {run.name} began",
-                    where="data.train, data.eval",
-                    fix="put the data back to continue, or choose another name",
-                )
-            interrupt.check()
-            state.begin(data_hash=prepared.hash, data=prepared.stats, hardware=facts, error="")
-            ray.get(placer.begin.remote(prepared))
-            view.note(capacity.sentence)
-            yield SweepCluster(placer, capacity.at_once, leaving)
+            state.mark("hosts")
+
+            @cache
+            def begin() -> None:
+                prepared = _begin(state, data.on(hosts), interrupt, facts)
+                ray.get(placer.begin.remote(prepared))
+                view.note(capacity.sentence)
+
+            yield SweepCluster(placer, capacity.at_once, leaving, begin)
         finally:
             if state.fenced:
                 ray.kill(placer)  # the hosts are its own: they go with it, and commit nothing more
             elif not interrupt.cut_off:
                 close_placer(placer)
             leaving.close()
+
+
+def _begin(
+    state: SweepState, prepared: PreparedData, interrupt: Interrupt, hardware: dict[str, Any]
+) -> PreparedData:
+    """There is data: where it is the same as before, the sweep exists on storage from now on."""
+    before = state.record.data_hash
+    if before and before != prepared.hash:
+        raise DataError(
+            f"the data changed since sweep {state.run.name} began",
+            where="data.train, data.eval",
+            fix="put the data back to continue, or choose another name",
+        )
+    interrupt.check()
+    state.mark("data")
+    state.begin(data_hash=prepared.hash, data=prepared.stats, hardware=hardware, error="")
+    return prepared
 
 
 def _settings(
@@ -122,6 +146,20 @@ def close_placer(placer: ActorHandle) -> None:
     with contextlib.suppress(RayError, TimeoutError):
         ray.get(placer.close.remote(), timeout=CLOSE)
     ray.kill(placer)
+
+
+def leave_best(placer: ActorHandle, state: SweepState, best: SweepWinner) -> str:
+    """best/ from the winner's own checkpoint, in a process that has torch loaded already; what
+    `copy_winner` says."""
+    host: ActorHandle = ray.get(placer.ready_host.remote())
+    asked = (state.home.uri, best.trial)
+    state.fence(now=True)
+    if host is None:
+        return copy_winner(*asked)
+    copied = host.call.remote(copy_winner, *asked)
+    while not ray.wait([copied], timeout=PERIOD)[0]:
+        state.fence()  # whoever leaves here takes the host along
+    return str(ray.get(copied))
 
 
 class _DataThread(threading.Thread):

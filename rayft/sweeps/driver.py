@@ -3,8 +3,9 @@ the report. The same command continues a sweep that was cut off."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -20,10 +21,11 @@ from rayft.records.run_record import SweepRecord, SweepWinner
 from rayft.search.searcher import FixedSearcher, SpaceSearcher
 from rayft.storage.folder import Storage
 from rayft.storage.lease import Lease
-from rayft.sweeps.best import copy_winner, refit, write_config
+from rayft.sweeps.best import refit, write_config
 from rayft.sweeps.callback import SweepCallback, snapshot_of
-from rayft.sweeps.cluster import close_placer, open_cluster
+from rayft.sweeps.cluster import close_placer, leave_best, open_cluster
 from rayft.sweeps.ending import goes_on, leave_report, no_result_error, placer_lost_error
+from rayft.sweeps.prior import learned
 from rayft.sweeps.schedule import scheduler
 from rayft.sweeps.scheduler_replay import ReplayedScheduler
 from rayft.sweeps.state import SweepState
@@ -66,16 +68,12 @@ class _SweepDriver:
     """One start of a sweep, on the driver."""
 
     def __init__(
-        self,
-        run: Run,
-        state: SweepState,
-        view: SweepView,
-        interrupt: Interrupt,
-        again: str,
+        self, run: Run, state: SweepState, view: SweepView, interrupt: Interrupt, again: str
     ) -> None:
         self.run, self.state, self.view, self.again = run, state, view, again
         self.interrupt = interrupt
         self.reason = ""  # why the search ended early
+        self.begun = threading.Event()  # trials may start
         self._looked = self._noted = 0.0
 
     # ---- from start to end
@@ -90,6 +88,7 @@ class _SweepDriver:
         if known:
             over = sum(trial.over for trial in known)
             self.view.note(f"continuing sweep {self.run.name}: {over} trials over, {shown}")
+        self.prior = learned(state)
         try:
             with open_cluster(self.run, state, self.view, self.interrupt) as self.cluster:
                 self._phases(self.cluster.placer)
@@ -111,16 +110,19 @@ class _SweepDriver:
             close_placer(placer)  # the packs leave the cluster to it
             self._refit(best)
         else:
-            self._copy(placer, best)
+            self.view.note(f"best: {leave_best(placer, self.state, best).splitlines()[0]}")
 
     def _search(self, placer: ActorHandle) -> None:
+        if self.state.record.starts:  # what it knows may be mended then
+            self.cluster.begin()
         replayed = ReplayedScheduler(scheduler(self.run), self.run, self.state.ledger)
         for name in replayed.stopped:
             self.state.stop(name)
-        searcher = SpaceSearcher(self.run, self.state.ledger)
+        searcher = SpaceSearcher(self.run, self.state.ledger, replayed, self.prior)
         left = self.run.swept.count - sum(trial.over for trial in self.state.searched())
-        callback = self._callback(self._over)
+        callback = self._callback(self._over, lambda: replayed.paused)
         if left <= 0 or self._over():
+            self.cluster.begin()
             if not self._asked():
                 callback.finish()
             return
@@ -131,12 +133,12 @@ class _SweepDriver:
             replayed,
             callback,
             name_of=searcher.name_of,
-            count=left,
+            count=left * replayed.visits,
             most=min(left, self.cluster.at_once + WAITING),
         )
         self._follow(phase, placer)
-        if self.reason:
-            callback.finish()
+        if self.reason or replayed.paused:
+            callback.finish()  # who still waits is not promoted any more
         self.state.write(stopped_by=self.reason or ("grid" if searcher.exhausted else "trials"))
 
     def _seeds(self, placer: ActorHandle) -> None:
@@ -160,26 +162,12 @@ class _SweepDriver:
             placer,
             searcher,
             FIFOScheduler(),
-            self._callback(self._asked),
+            self._callback(self._asked, tuple),
             name_of=searcher.name_of,
             count=len(wanted),
             most=len(wanted),
         )
         self._follow(phase, placer)
-
-    def _copy(self, placer: ActorHandle, best: SweepWinner) -> None:
-        """best/ from the winner's own checkpoint, in a process that has torch loaded already."""
-        host: ActorHandle = ray.get(placer.ready_host.remote())
-        asked = (self.state.home.uri, best.trial)
-        self.state.fence(now=True)
-        if host is None:
-            said = copy_winner(*asked)
-        else:
-            copied = host.call.remote(copy_winner, *asked)
-            while not ray.wait([copied], timeout=PERIOD)[0]:
-                self.state.fence()  # whoever leaves here takes the host along
-            said = str(ray.get(copied))
-        self.view.note(f"best: {said.splitlines()[0]}")
 
     def _refit(self, best: SweepWinner) -> None:
         """best/ trained again, for train.steps; the packs have left the cluster to it."""
@@ -193,13 +181,18 @@ class _SweepDriver:
     # ---- while a phase runs
 
     def _follow(self, phase: TunerThread, placer: ActorHandle) -> None:
-        """Show, and pass signals on, until Tune is done.
+        """Show, and pass signals on, until Tune is done. A sweep begins while the processes of its
+        first trials start.
 
         Raises:
             InterruptedRun: after a signal, once every trial is committed.
             InUseError, RayftError: the lease is lost; at once.
         """
         phase.start()
+        try:
+            self.cluster.begin()
+        finally:
+            self.begun.set()
         while phase.is_alive():
             phase.join(PERIOD)
             self.state.fence()
@@ -217,8 +210,13 @@ class _SweepDriver:
         if phase.error is not None:
             raise RayftError(f"Ray Tune failed: {phase.error}") from phase.error
 
-    def _callback(self, must_end: Callable[[], bool]) -> SweepCallback:
-        return SweepCallback(self.state, self.cluster.leaving, must_end, self.cluster.at_once)
+    def _callback(
+        self, must_end: Callable[[], bool], paused: Callable[[], Collection[str]]
+    ) -> SweepCallback:
+        cluster = self.cluster
+        return SweepCallback(
+            self.state, cluster.leaving, must_end, paused, cluster.at_once, self.begun
+        )
 
     def _asked(self) -> bool:
         return self.interrupt.asked

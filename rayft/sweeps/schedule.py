@@ -16,6 +16,7 @@ from ray.tune.schedulers import (
 from rayft.config.run import Run
 from rayft.config.sweep import AshaSpec, MedianSpec, PbtSpec
 from rayft.config.sweep_rules import perturbable
+from rayft.sweeps.promotion import PromotingScheduler
 from rayft.sweeps.trial import SCORE
 
 
@@ -28,6 +29,8 @@ def scheduler(run: Run) -> TrialScheduler:
     if isinstance(spec, AshaSpec):
         most = sweep.steps or run.train.steps or 10**9
         grace = min(spec.grace or first, most)
+        if spec.promote:
+            return PromotingScheduler(most, grace, spec.factor, sweep.mode)
         return AsyncHyperBandScheduler(
             time_attr="step", max_t=most, grace_period=grace, reduction_factor=spec.factor, **how
         )

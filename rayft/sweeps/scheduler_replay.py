@@ -31,6 +31,7 @@ from rayft.core.process import temporary
 from rayft.records.ledger import LedgerContents, metrics_in
 from rayft.records.run_record import ENDED
 from rayft.storage.folder import Storage
+from rayft.sweeps.promotion import PromotingScheduler
 from rayft.sweeps.trial import SCORE, TuneResult, scheduler_score, write_pointer
 
 Controller: TypeAlias = Any
@@ -55,6 +56,7 @@ class ReplayedScheduler(TrialScheduler):
         self._how, self._run = how, run
         self._metric = how.metric
         self._trials: dict[str, Trial] = {}  # by rayft's id, as `how` knows them
+        self._names: dict[str, str] = {}  # Tune's id -> rayft's
         self._judged: dict[str, int] = {}  # trial -> last step that was judged
         self._told: dict[str, TuneResult] = {}  # last report of each trial of the past
         self._stops: set[str] = set()  # at their last report
@@ -89,6 +91,7 @@ class ReplayedScheduler(TrialScheduler):
                 "rayft", stub=True, trial_id=name, config=dict(row["params"])
             )
             self._trials[name].set_status(Trial.RUNNING)
+            self._names[name] = name
             self._how.on_trial_add(self._past, self._trials[name])
         trial, sweep = self._trials[name], self._run.swept
         metrics = metrics_in(row)
@@ -103,7 +106,39 @@ class ReplayedScheduler(TrialScheduler):
                 self._copies.add(name)
             trial.set_status(Trial.RUNNING)
             self._told[name] = told
+        else:  # it was started: nothing that waits is, unless it was promoted
+            self._go_on(name)
         trial.set_config(dict(row["params"]))  # as it was drawn then
+
+    @property
+    def paused(self) -> list[str]:
+        """Trials that wait at a rung."""
+        how = self._how
+        waiting = how.paused if isinstance(how, PromotingScheduler) else {}
+        return [self._names[trial] for trial in waiting]
+
+    @property
+    def visits(self) -> int:
+        """How often a trial may be started: once, and once more per rung that it waits at."""
+        how = self._how
+        return 1 + len(how.milestones) if isinstance(how, PromotingScheduler) else 1
+
+    def promote(self, *, final: bool) -> str | None:
+        """The trial that goes on from its rung; None without one.
+
+        Args:
+            final: there are no more trials to start.
+        """
+        how = self._how
+        found = how.promotable(final=final) if isinstance(how, PromotingScheduler) else None
+        if found is None:
+            return None
+        self._go_on(self._names[found])
+        return self._names[found]
+
+    def _go_on(self, name: str) -> None:
+        if isinstance(self._how, PromotingScheduler):
+            self._how.promote(self._trials[name].trial_id)
 
     def _finish(self, name: str, told: TuneResult) -> None:
         self._end(self._past, name, told)
@@ -122,9 +157,10 @@ class ReplayedScheduler(TrialScheduler):
             return self.CONTINUE  # an older rayft let it go on; Tune's rule takes no more of it
         self._judged[name] = step
         self._stops.discard(name)
+        self._go_on(name)  # it was heard beyond its rung, whatever the ledger has lost
         with _seeded(f"{self._run.seed}/{name}/{step}"):
             said = self._how.on_trial_result(controller, self._trials[name], dict(result))
-        if said == self.STOP:
+        if said == self.STOP and not isinstance(self._how, PromotingScheduler):
             self._stops.add(name)
         return said
 
@@ -147,6 +183,7 @@ class ReplayedScheduler(TrialScheduler):
         if before is None:
             self._how.on_trial_add(tune_controller, trial)
             self._trials[name] = trial
+            self._names[trial.trial_id] = name
         elif before is not trial and isinstance(self._how, PopulationBasedTraining):
             self._take_over(tune_controller, before, trial)
 

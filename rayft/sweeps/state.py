@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -27,12 +26,10 @@ from rayft.storage.folder import Storage
 from rayft.storage.lease import Lease
 from rayft.storage.sealed import damage_sentence
 from rayft.sweeps.ledger_repair import TRIALS, earlier_sweep, lost_lines
-from rayft.sweeps.trial import TuneResult
+from rayft.sweeps.trial import TuneResult, metrics_of
 from rayft.training.state import versions
 
 RECORD = "sweep.json"
-_FACTS = ("time_this_iter_s", "time_total_s", "time_since_restore", "timestamp", "pid")
-_NOT_METRICS = ("step", "status", "error_text", "score", "done", "donor", "training_iteration")
 
 
 class SweepState:
@@ -64,6 +61,7 @@ class SweepState:
         self._here: dict[str, str] = {}  # trial -> what this start knows of it
         self.origins: dict[str, str] = {}  # repetitions with other seeds
         self.interrupted = False
+        self._first = not self.record.starts
 
     # ---- the record
 
@@ -72,14 +70,19 @@ class SweepState:
         """Wall clock over all starts."""
         return self._before + time.monotonic() - self._began
 
+    def mark(self, what: str, at: float | None = None) -> None:
+        """SweepRecord.start: `what` is there, or was after `at` seconds; the first time counts."""
+        if self._first:
+            seconds = time.monotonic() - self._began if at is None else at
+            self.record.start.setdefault(what, round(seconds, 3))
+
     def begin(self, **facts: Any) -> None:
         """From here on the sweep exists on storage."""
         self.write(status="running", starts=self.record.starts + 1, versions=versions(), **facts)
         self._writer = Ledger(self.home)
         hashes = (self.record.config_hash, self.record.data_hash)
-        fold(
-            [self._open_ledger().start(self.record.name, self.record.starts, *hashes)], self.ledger
-        )
+        line = self._open_ledger().start(self.record.name, self.record.starts, *hashes)
+        fold([line], self.ledger)
         if self.record.starts > 1:
             self._mend()
 
@@ -133,6 +136,9 @@ class SweepState:
         with self._lock:
             if self._already_known(trial, result):
                 return
+            spent = float(result.get("seconds", 0.0))
+            self.mark("first step", time.monotonic() - self._began - spent)
+            self.mark("first report")
             before = self.best()
             facts = {key: result[key] for key in ("donor", "pack") if result.get(key)}
             self._add(trial, "running", int(result["step"]), params, metrics_of(result), **facts)
@@ -159,6 +165,11 @@ class SweepState:
                     self.news.append(f"{trial} {status} at step {step}: {facts.get('error', '')}")
             self._here[trial] = status
             self._clear_losers()
+
+    def paused(self, trial: str) -> None:
+        """It waits at a rung; when it goes on, a line says so."""
+        with self._lock:
+            self._here.pop(trial, None)
 
     def _already_known(self, trial: str, result: TuneResult) -> bool:
         """A host says again what lies behind a trial's commit; the first line has more numbers."""
@@ -231,9 +242,8 @@ class SweepState:
         best = self.best()
         if self.spec.target is None or best is None:
             return False
-        return (
-            best[1] <= self.spec.target if self.spec.mode == "min" else best[1] >= self.spec.target
-        )
+        sign = 1 if self.spec.mode == "min" else -1
+        return sign * best[1] <= sign * self.spec.target
 
     def _announce_best(self, before: tuple[LedgerTrial, float] | None) -> None:
         now = self.best()
@@ -282,16 +292,3 @@ class SweepState:
         home = self.home.child(TRIALS, best[0].id)
         record = stored_record(home)
         return base_of(home) if record is None else record.base
-
-
-def metrics_of(result: TuneResult) -> dict[str, float]:
-    """The finite numbers of a result that are the trial's own."""
-    return {
-        name: value
-        for name, value in result.items()
-        if isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and name not in (*_FACTS, *_NOT_METRICS)
-        and not name.startswith(("iterations_", "time_", "timesteps_", "episodes_"))
-        and math.isfinite(value)
-    }

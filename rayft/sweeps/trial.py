@@ -25,6 +25,8 @@ from rayft.trials.types import TrialReport
 SCORE = "score"  # the sweep's metric, always finite: schedulers cannot compare with NaN
 WORST = 1e9
 POINTER = "pointer.json"
+_FACTS = ("time_this_iter_s", "time_total_s", "time_since_restore", "timestamp", "pid")
+_NOT_METRICS = ("step", "status", "error_text", "score", "done", "donor", "training_iteration")
 TuneResult = dict[str, Any]
 """What Tune, its scheduler and its searcher see of a report: `tune_result`, and Tune's own."""
 
@@ -53,6 +55,19 @@ def tune_result(report: TrialReport, metric: str, mode: str) -> TuneResult:
         "error_text": report.error,
         SCORE: scheduler_score(report.status, finite, metric, mode),
         "done": report.status != "running",
+    }
+
+
+def metrics_of(result: TuneResult) -> dict[str, float]:
+    """The finite numbers of a result that are the trial's own."""
+    return {
+        name: value
+        for name, value in result.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and name not in (*_FACTS, *_NOT_METRICS)
+        and not name.startswith(("iterations_", "time_", "timesteps_", "episodes_"))
+        and math.isfinite(value)
     }
 
 

@@ -74,3 +74,21 @@ def test_both_sides_of_the_sweep_get_the_same_trials(monkeypatch, tmp_path) -> N
     assert list(run.sweep.space["trial"].paired) == sweep.trials(32)
     assert run.sweep.count == 32 and run.train.steps == 90
     assert len({json.dumps(trial) for trial in sweep.trials(32)}) == 32
+
+
+def test_time_to_quality_is_what_it_says(capsys, monkeypatch) -> None:
+    """By hand: the best of both is 2.0, so the goal is 2.02; one side may never come there."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import sweep
+    import sweep_quality
+
+    ours, theirs = [(5.0, 3.0), (9.0, 2.01), (20.0, 2.0)], [(8.0, 2.5), (36.0, 2.02), (40.0, 2.1)]
+    assert sweep_quality.compare(0, {"rayft": ours, "peer": theirs}) == (4.0, 4.0)
+    never = sweep_quality.compare(1, {"rayft": ours, "peer": theirs[:1] + theirs[2:]})
+    assert never == (float("inf"), 40.0 / 9.0)
+    sweep_quality.summary([(4.0, 4.0), never])
+    assert "4.00, bound 4.44; median 4.22" in capsys.readouterr().out
+    parts = sweep._start({"ray": 3.0, "data": 5.0, "first step": 9.0}, begun=6.5)
+    assert parts == {
+        "until config": 1.5, "until ray": 4.5, "until data": 6.5, "until first step": 10.5
+    }  # fmt: skip

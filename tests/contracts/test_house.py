@@ -83,7 +83,16 @@ RAY_FILES = {
     "training": {"control", "launch", "telemetry", "worker"},
     "hosts": {"pack_actor", "pack_pool", "placer", "placer_config", "train_run_actor"},
     "search": {"searcher"},
-    "sweeps": {"callback", "cluster", "driver", "schedule", "scheduler_replay", "trial", "tuner"},
+    "sweeps": {
+        "callback",
+        "cluster",
+        "driver",
+        "promotion",
+        "schedule",
+        "scheduler_replay",
+        "trial",
+        "tuner",
+    },
 }
 
 

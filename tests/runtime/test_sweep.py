@@ -266,6 +266,42 @@ def test_kill_9_of_the_driver_then_the_same_command(whole, tmp_path):
         assert steps == pytest.approx(uncut[name], rel=1e-5)
 
 
+def test_who_waits_at_a_rung_goes_on_as_if_it_had_never_waited(whole, tmp_path):
+    """Through a kill -9 of the driver as well: a promoted trial's numbers are those of a run from
+    start to end, and who is not promoted ends as any other loser does."""
+    folder, _, _ = whole
+    asha = {"kind": "asha", "factor": 2, "promote": True}
+    block = {"scheduler": asha, "packs": 1, "slots": 1}  # one at a time: nobody outruns a pause
+    first = started(tmp_path, block)
+    try:
+        while sum(4 in steps for steps in told(tmp_path).values()) < 3:
+            assert first.poll() is None, first.communicate()[0]
+            time.sleep(0.1)
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    assert not any(
+        trial.status == "stopped" for trial in read_ledger(home(tmp_path)).trials.values()
+    )
+    record = sweep(load(config(tmp_path, block)))
+    assert record.status == "done" and record.stopped_by == "trials"
+    book, uncut = read_ledger(home(tmp_path)), told(folder)
+    statuses = [trial.status for trial in book.trials.values()]
+    assert len(statuses) == 6 and set(statuses) == {"done", "stopped"}
+    for name, steps in told(tmp_path).items():
+        part = {step: uncut[name][step] for step in steps}
+        assert steps == pytest.approx(part, rel=1e-5)
+        assert list(steps) in ([4], [4, 8], [4, 8, 12])
+    waited = {
+        row["trial"]
+        for row in book.lines
+        if row["status"] == "running" and "eval_loss" not in row and row["step"] in (4, 8)
+    }
+    assert any(max(told(tmp_path)[name]) > 4 for name in waited)
+    kept = {path.parent.parent.name for path in (tmp_path / "s/trials").glob("*/checkpoints/*")}
+    assert kept == {record.best.trial}
+
+
 @pytest.mark.parametrize("taken", [True, False])
 def test_a_driver_without_its_lease_writes_nothing_more(tmp_path, monkeypatch, taken):
     """Neither it nor its hosts; and a sweep that was called done by such a driver goes on."""

@@ -18,8 +18,8 @@ from rayft.records.run_record import RunRecord
 from rayft.storage.folder import Storage
 from rayft.storage.jsonl import LineAppender
 from rayft.sweeps.callback import snapshot_of
-from rayft.sweeps.state import SweepState, metrics_of
-from rayft.sweeps.trial import SCORE, WORST, tune_result
+from rayft.sweeps.state import SweepState
+from rayft.sweeps.trial import SCORE, WORST, metrics_of, tune_result
 from rayft.sweeps.view import PlainLines, table
 from rayft.trials.types import TrialReport
 
