@@ -103,7 +103,7 @@ class Lab:
 
 
 class Silent:
-    """Signals nobody listens to; they ask for a stop before step `stop_at`."""
+    """Signals nobody listens to; they ask for a stop in step `stop_at`, after which it comes."""
 
     def __init__(self, stop_at: int = 0) -> None:
         self.left = stop_at

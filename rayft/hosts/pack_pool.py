@@ -83,7 +83,7 @@ class PackPool:
             with contextlib.suppress(ray.exceptions.RayError):
                 await self.open(pack, key, opening)
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+    def _keep(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._warming.add(task)  # the loop itself holds tasks only weakly
         task.add_done_callback(self._warming.discard)

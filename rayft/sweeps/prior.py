@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from rayft.config.run import Run
 from rayft.config.sweep import OptunaSpec
@@ -22,7 +22,7 @@ from rayft.report.facts import value_of
 from rayft.search.samplers import PriorSweep, TriedParams, picks_of
 from rayft.search.tpe import FACTOR
 from rayft.storage.folder import Storage
-from rayft.storage.sealed import BadRecord, seal, told, unseal
+from rayft.storage.sealed import BadRecord, damage_sentence, seal, unseal
 from rayft.sweeps.state import SweepState
 
 PRIOR, RECORD = "prior.json", "sweep.json"
@@ -72,7 +72,7 @@ def _read(run: Run, home: Storage, place: str) -> PriorSweep:
         raise StorageError(f"{there.shown(RECORD)} is damaged: {error}", where=WHERE) from error
     book = read_ledger(there)
     if book.damage:
-        raise StorageError(told(there.shown(LEDGER), book.damage), where=WHERE)
+        raise StorageError(damage_sentence(there.shown(LEDGER), book.damage), where=WHERE)
     ours, theirs = (run.swept.metric, run.swept.mode), (record.metric, record.mode)
     if ours != theirs:
         raise ConfigError(
@@ -122,7 +122,8 @@ def _as_json(sweep: PriorSweep) -> dict[str, Any]:
 
 def _kept(home: Storage) -> list[PriorSweep]:
     try:
-        sweeps = unseal(home.read_bytes(PRIOR))["sweeps"]
+        record = unseal(home.read_bytes(PRIOR))
+        sweeps = cast(list[dict[str, Any]], record["sweeps"])  # sealed: as _as_json wrote it
         return [
             PriorSweep(
                 **{name: value for name, value in row.items() if name != "trials"},

@@ -69,7 +69,7 @@ def test_both_sides_of_the_sweep_get_the_same_trials(monkeypatch, tmp_path) -> N
 
     from rayft.config.load import load
 
-    args = argparse.Namespace(trials=32, steps=90)
+    args = argparse.Namespace(trials=32, steps=90, quality=False)
     run = load(sweep.config(args, tmp_path, "auto"))
     assert list(run.sweep.space["trial"].paired) == sweep.trials(32)
     assert run.sweep.count == 32 and run.train.steps == 90

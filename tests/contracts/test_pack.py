@@ -157,7 +157,7 @@ def test_the_folder_is_that_of_a_run(lab):
     back = lab.run("back", *DROP)  # and a pack continues what a run of its own began
     lab.solo(back, signals=Silent(stop_at=4))
     pack = lab.pack()
-    assert pack.admit(lab.job(back, attempt=2)) == 3
+    assert pack.admit(lab.job(back, attempt=2)) == 4
     finish(pack)
     assert losses(back) == pytest.approx(losses(alone), rel=1e-5)
     where = home_of(back).uri

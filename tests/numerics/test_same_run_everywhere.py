@@ -57,7 +57,7 @@ COMPARED += [(method, "moved") for method in MOVED]
 
 
 class Silent:
-    """Signals nobody listens to; they ask for a stop before step `stop_at`."""
+    """Signals nobody listens to; they ask for a stop in step `stop_at`, after which it comes."""
 
     def __init__(self, stop_at: int = STEPS + 1) -> None:
         self.left = stop_at
@@ -117,7 +117,7 @@ def train_all(rank: int, world: int, folder: str) -> None:
 
 
 def train_one(rank: int, world: int, run: Run, stop_at: int = STEPS + 1) -> None:
-    """One case, as a worker would; interrupted before step `stop_at`."""
+    """One case, as a worker would; interrupted after step `stop_at`."""
     ready = prepare_data(run, lambda function, items: [function(item) for item in items])
     if rank == 0:
         record = RunRecord(run.name, "running", run.resolved(), run.digest())
