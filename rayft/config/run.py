@@ -31,6 +31,12 @@ _FREE = {
 }
 _FREE_IN_SWEEP = {"trials", "max_seconds", "target", "pack", "slots", "packs", "seeds", "refit"}
 """Fields that may change when a run or a sweep is continued."""
+_LATER_IN_SWEEP: dict[str, dict[str, object]] = {
+    "search": {"prior": []},
+    "scheduler": {"promote": False},
+}
+"""Fields that came after sweeps had been begun without them: at these values, their defaults, they
+leave a sweep's identity as it was, so that it can be continued."""
 
 
 class ModelSpec(Spec):
@@ -231,8 +237,14 @@ class Run(Spec):
     def sweep_identity(self) -> dict[str, object]:
         """What must not change when a sweep is continued: how long it goes on, when it may end and
         how wide the packs are is free."""
-        block = self.sweep and self.sweep.model_dump(mode="json", exclude=_FREE_IN_SWEEP)
-        return self.identity() | {"sweep": block or {}}
+        if self.sweep is None:
+            return self.identity() | {"sweep": {}}
+        block = self.sweep.model_dump(mode="json", exclude=_FREE_IN_SWEEP)
+        for section, fields in _LATER_IN_SWEEP.items():
+            for name, default in fields.items():
+                if block[section].get(name) == default:
+                    del block[section][name]
+        return self.identity() | {"sweep": block}
 
     def digest(self) -> str:
         """sha256 of `identity`, first 16 hex digits."""

@@ -384,3 +384,28 @@ def test_names_of_metrics_and_of_what_may_change_on_the_way() -> None:
     assert [perturbable(path) for path in ("optim.lr", "methods.2.alpha")] == [True, True]
     wrong = ("methods.0.rank", "optim.betas", "methods.alpha", "optim.lr.0", "alpha")
     assert not any(map(perturbable, wrong))
+
+
+@pytest.mark.parametrize(
+    ("changes", "digest"),
+    [
+        ({}, "1f70ccea0f5ac9f4"),
+        ({"scheduler": {"kind": "asha", "grace": 20}}, "ebfed69725f4e5c0"),
+        ({"scheduler": "pbt", "search": "random"}, "34c7cfe64de12d7b"),
+    ],
+)
+def test_a_sweep_begun_before_a_field_existed_can_be_continued(changes, digest) -> None:
+    """The digests of the last commit without search.prior and scheduler.promote."""
+    given = {
+        "name": "a",
+        "model": "builtin:tiny",
+        "methods": [{"kind": "lora"}],
+        "data": {"train": "a.jsonl", "eval": ["b.jsonl"]},
+        "train": {"steps": 100, "eval_every": 10},
+        "sweep": {"trials": 4, "space": {"optim.lr": {"choice": [1e-3, 1e-4]}}, **changes},
+    }
+    assert load(given).sweep_digest() == digest
+    if changes.get("scheduler") != "pbt":
+        asha = {"kind": "asha", "promote": True}
+        given["sweep"] |= {"scheduler": asha}
+        assert load(given).sweep_digest() != digest
