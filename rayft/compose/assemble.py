@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rayft import methods, objectives, strategies
 from rayft.compose.data import Corpus
+from rayft.compose.kept import kept_tensors
 from rayft.compose.step import TrainStep
 from rayft.config.run import Run
 from rayft.core.batch import Batch
@@ -108,11 +109,7 @@ def assemble(run: Run, corpus: Corpus, device: torch.device) -> RunParts[Engine]
     strategy = strategy_of(run, device)
     built = build(run, device, strategy)
     facts = model_facts(built.model)
-    kept = {
-        name: tensor.detach().cpu().clone()  # before a strategy moves or cuts it
-        for method in built.methods
-        for name, tensor in method.kept(built.model).items()
-    }
+    kept = kept_tensors(built.methods, built.model)
     engine = strategy.prepare(built.step, list(built.groups))
     if not built.policy.probed:
         built.policy.probe()

@@ -60,7 +60,7 @@ class EvalTally:
         means: dict[str, float] = {}
         for name, found in self._found.items():
             total, count = found[trial, :, tasks].sum(dim=1)
-            means[name] = float(total / count.clamp(min=1))
+            means[name] = float(total / count) if count > 0 else 0.0
         terms = self._objective.terms
         loss = math.fsum(means[term] * weight for term, weight in terms.items())
         out = {f"eval_loss{suffix}": loss}

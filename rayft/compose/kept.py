@@ -7,12 +7,14 @@ beside them would mean nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rayft.core.errors import ConfigError
+from rayft.core.protocols import Method
+from rayft.core.shards import ShardReader
 
 KEPT = "kept."  # before their names, among the whole tensors of a shard
 
@@ -22,19 +24,29 @@ def stored_kept(kept: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     return {KEPT + name: tensor for name, tensor in kept.items() if rank == 0}
 
 
-def check_kept(kept: Mapping[str, Tensor], saved: Mapping[str, Tensor], commit: str) -> None:
+def kept_tensors(methods: Iterable[Method], model: nn.Module) -> dict[str, Tensor]:
+    """What all of them keep, copied to the CPU: before a strategy moves or cuts it."""
+    return {
+        name: tensor.detach().cpu().clone()
+        for method in methods
+        for name, tensor in method.kept(model).items()
+    }
+
+
+def check_kept(kept: Mapping[str, Tensor], reader: ShardReader, commit: str) -> None:
     """Hold the method's tensors to those of a commit.
 
     Args:
         kept: of the model that is to continue.
-        saved: the whole tensors of the commit's rank 0.
+        reader: the commit's; its first rank's shard is looked at only where something is kept.
 
     Raises:
-        ConfigError: one is missing, of another shape, or differs.
+        ConfigError: one is missing, of another shape or dtype, or differs.
     """
+    saved = reader.whole(0) if kept else {}
     for name, tensor in kept.items():
         stored = saved.get(KEPT + name)
-        if stored is None or not torch.equal(stored, tensor):
+        if stored is None or stored.dtype != tensor.dtype or not torch.equal(stored, tensor):
             raise ConfigError(
                 f"{name} is not what it was in checkpoint {commit}",
                 cause="a frozen tensor that its method drew, not the base model, has changed",

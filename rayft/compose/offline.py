@@ -18,6 +18,7 @@ from rayft.compose.assemble import BuiltModel, build, held_out, strategy_of
 from rayft.compose.data import SEPARATOR, open_corpus, prepare_data
 from rayft.compose.evaluate import evaluate
 from rayft.compose.export import ModelGap, check_vllm, merge_run, write_model_card
+from rayft.compose.kept import check_kept, kept_tensors
 from rayft.compose.publish import (
     EXPORT,
     CommitWeights,
@@ -100,6 +101,11 @@ def open_run(where: str) -> OpenedRun:
     return OpenedRun(storage, record, run, build(run, device, strategy_of(run, device)), device)
 
 
+def _check_kept(built: BuiltModel, commit: Commit) -> None:
+    with commit.reader() as reader:
+        check_kept(kept_tensors(built.methods, built.model), reader, commit.name)
+
+
 def load_weights(built: BuiltModel, commit: Commit) -> None:
     """Copy the trained parameters of `commit` into the model."""
     params = dict(built.step.named_parameters())
@@ -136,6 +142,7 @@ def evaluate_run(where: str, *, generate: int = 0, limit: int | None = None) -> 
 
     base = measure()
     commit = choose_commit(opened.storage, opened.record)
+    _check_kept(opened.built, commit)
     load_weights(opened.built, commit)
     said = report(f"step {commit.step}", questions, base, measure())
     before, now = (each.split(SEPARATOR)[1:] for each in (opened.record.data_hash, prepared.hash))
@@ -164,9 +171,11 @@ def export_run(
         ConfigError: nothing to merge. StorageError: no such checkpoint, or storage fails.
     """
     opened = open_run(where)
-    if merge and not all(method.keeps_base for method in opened.run.methods):
-        raise ConfigError("nothing to merge: this run trained the weights themselves")
+    if merge and not all(method.merges for method in opened.run.methods):
+        kinds = ", ".join(method.kind for method in opened.run.methods if not method.merges)
+        raise ConfigError(f"nothing to merge: {kinds} leaves no update that a weight could take")
     commit = choose_commit(opened.storage, opened.record, step)
+    _check_kept(opened.built, commit)
     target = Storage.open(to) if to else opened.storage.child(MERGED if merge else EXPORT)
     with temporary("export") as scratch:
         folder = Path(scratch) / "export"

@@ -143,7 +143,7 @@ class RunSession(Generic[EngineT]):
     def take(self, commit: Commit) -> None:
         """The state of `commit`: parameters, optimizer, generators, progress."""
         with commit.reader() as reader:
-            check_kept(self.parts.kept, reader.whole(0), commit.name)
+            check_kept(self.parts.kept, reader, commit.name)
             self.parts.engine.load(reader)
             saved = reader.whole(self.rank) if self.rank < commit.world else {}
             self.generators.restore(saved, fresh_seed(self.parts.run.seed, self.rank, commit.step))

@@ -16,7 +16,6 @@ class FullSpec(MethodTraits):
     site: ClassVar[Site] = "weights"
     keeps_base: ClassVar[bool] = False
     claims_all: ClassVar[bool] = True
-    merges: ClassVar[bool] = True
     export_as: ClassVar[Literal["peft", "model"]] = "model"
 
     kind: Literal["full"] = "full"

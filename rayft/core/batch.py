@@ -173,7 +173,8 @@ def joined_batch(batches: Sequence[Batch]) -> Batch:
     if len({(batch.part, batch.declared) for batch in batches}) > 1:
         raise ValueError("rows of several parts, or with other columns, in one batch")
     length = max(batch.input_ids.shape[1] for batch in batches)
-    wide = [batch.widened(length).inputs()[0] for batch in batches]
+    # where in the whole something is predicted, no batch of them knows
+    wide = [replace(b.widened(length), predicting=None).inputs()[0] for b in batches]
     sizes = torch.tensor([batch.rows for batch in batches])
     tensors = {name: torch.cat([one[name] for one in wide]) for name in wide[0]}
     tensors["trial"] = torch.repeat_interleave(torch.arange(len(batches)), sizes)

@@ -144,7 +144,7 @@ class Objective(Protocol):
 
     @property
     def terms(self) -> Mapping[str, float]:
-        """{term: its weight in the loss}; the order is that of every table of terms."""
+        """{term: its weight in the loss, above 0}; the order is that of every table of terms."""
         ...
 
     def head(self, width: int) -> nn.Module | None:

@@ -82,10 +82,16 @@ class RankSum:
         """Start to add up `values`, which nobody else may use any more."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return RankSum(values, None)
-        return RankSum(values, dist.all_reduce(values, async_op=True))
+        work = dist.all_reduce(values, async_op=True)
+        if values.is_cuda and work is not None:
+            # DeepSpeed's collectives follow on a group of its own, and two nccl groups must not be
+            # under way at once. Here the device's stream waits, not the host.
+            work.wait()
+            work = None
+        return RankSum(values, work)
 
     def finished(self) -> Tensor:
-        """The sum. With nccl the device waits for it, not the host."""
+        """The sum."""
         if self.under_way is not None:
             self.under_way.wait()
         return self.values

@@ -162,7 +162,8 @@ def _arrow(column: Column, table: TokenTable, offsets: pa.Array) -> pa.Array:
 
 
 def _values(column: Column, stored: pa.Array) -> NDArray[np.generic]:
-    return (stored if column.per == "row" else stored.values).to_numpy()
+    values = stored if column.per == "row" else stored.values
+    return values.to_numpy(zero_copy_only=False)  # truth values are bits in Arrow
 
 
 def listing(storage: Storage) -> str:

@@ -57,7 +57,7 @@ def collate(
             end = at + len(tokens)
             for column in table.columns:
                 where = index if column.per == "row" else (index, slice(at, end))
-                columns[column.name][where] = torch.from_numpy(table.column(column, document))
+                columns[column.name].numpy()[where] = table.column(column, document)
             ids[index, at:end] = tokens
             labels[index, at + 1 : end] = np.where(mask, tokens, IGNORE)[1:]
             positions[index, at:] -= positions[index, at]

@@ -63,7 +63,8 @@ class Full:
         raise ConfigError("full fine-tuning keeps no base model to go back to")
 
     def merge(self, model: PreTrainedModel) -> None:
-        """The weights are the model's own already."""
+        """Never: what it has learnt are the model's weights already."""
+        raise ConfigError("full fine-tuning leaves nothing to merge")
 
     def export(self, model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path) -> None:
         """`save_pretrained` layout from config, `state` and the model's buffers; the weights of the

@@ -125,6 +125,27 @@ def test_the_facts_of_a_step_hold_those_per_row():
     assert sorted(facts.columns["reference"].tolist()) == sorted(seen) and len(seen) == 7
 
 
+def test_batches_that_were_moved_before_they_are_joined_predict_in_the_right_places():
+    batches = [collate(table(), [[0], [1]], pad_id=0, packed=False).to(torch.device("cpu"))] * 2
+    whole = joined_batch(batches)
+    assert whole.predicting is None and whole.rows == 4
+    found = whole.to(torch.device("cpu")).predicting
+    following = torch.nn.functional.pad(whole.labels[:, 1:], (0, 1), value=IGNORE).flatten()
+    assert found is not None and torch.equal(found, (following != IGNORE).nonzero().squeeze(1))
+
+
+def test_a_column_of_truth_values_comes_back(tmp_path):
+    corpus, liked = table(documents=5), Column("liked", "row", "bool", False)
+    values = {"liked": np.array([True, False, True, True, False])}
+    corpus = dataclasses.replace(corpus, columns=(liked,), values=values)
+    storage = Storage.open(str(tmp_path))
+    cache.save(corpus, {"hash": "h"}, storage)
+    again = cache.load(storage, corpus.sources, "h", [0, 1])
+    assert again is not None and again.values["liked"].tolist() == values["liked"].tolist()
+    batch = collate(again, [[0], [1]], pad_id=0, packed=False)
+    assert batch.columns["liked"].tolist() == [True, False]
+
+
 class Linear:
     """A toy objective of two terms: squares of (w - reference) per row, weighted 1, and the sum of
     w times scores per token, weighted 0.25; it also measures how many rows are above 3."""
