@@ -8,7 +8,8 @@ worth, and what was stopped never comes back.
 
 What differs from the paper: a sweep has a last trial. Once there is none to start, ceil(n / factor)
 of a rung may go on, since nothing better can take their slots; so one always reaches the end.
-Diverged trials count as the worst of the rung that was ahead of them, failed ones not at all.
+Diverged trials count as the worst of the rung that was ahead of them. In the end neither they nor
+failed ones keep a place from those that wait.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class PromotingScheduler(FIFOScheduler):
         self._rungs: list[dict[str, float]] = [{} for _ in self.milestones]
         self._ahead: dict[str, int] = {}  # trial id -> the next rung
         self.paused: dict[str, int] = {}
+        self._lost: set[str] = set()  # diverged or failed
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: object) -> bool:
         """Both were given when it was made."""
@@ -66,6 +68,7 @@ class PromotingScheduler(FIFOScheduler):
         """An end of its own; that of one that only waits changes nothing."""
         name, status = trial.trial_id, result.get("status")
         if status == "diverged":
+            self._lost.add(name)
             rung = self._ahead.get(name, 0)
             if rung < len(self._rungs):
                 self._enter(name, rung, math.inf)
@@ -75,8 +78,9 @@ class PromotingScheduler(FIFOScheduler):
                 self._enter(name, rung, self._sign * result[SCORE])
 
     def on_trial_remove(self, tune_controller: object, trial: Trial) -> None:
-        """It failed, or was ended while it waited."""
+        """It failed."""
         self.paused.pop(trial.trial_id, None)
+        self._lost.add(trial.trial_id)
 
     def promotable(self, *, final: bool) -> str | None:
         """The trial that goes on next, of the highest rung first; None without one.
@@ -107,6 +111,7 @@ class PromotingScheduler(FIFOScheduler):
         """Who may go on: the best share; of equals, who was there first."""
         told = self._rungs[rung]
         share = len(told) / self._factor
-        return sorted(told, key=lambda name: told[name])[
-            : math.ceil(share) if final else int(share)
-        ]
+        order = sorted(told, key=lambda name: told[name])
+        if not final:
+            return order[: int(share)]
+        return [name for name in order if name not in self._lost][: math.ceil(share)]

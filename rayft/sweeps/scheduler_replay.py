@@ -99,6 +99,7 @@ class ReplayedScheduler(TrialScheduler):
         told = {"trial_id": name, "step": step, SCORE: score, "status": status}
         if status in ENDED:
             self._finish(name, self._told.get(name, {}) if status == "stopped" else told)
+            self._go_on(name)  # a pause writes no such line: who is over waits no more
         elif metrics:
             self._copies.discard(name)
             self._judge(self._past, name, told | {"donor": row.get("donor", "")})

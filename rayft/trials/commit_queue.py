@@ -28,8 +28,8 @@ class CommitThreads:
 
     @property
     def crowded(self) -> bool:
-        """Every thread has work. States that wait for one take memory, and with a thousand trials
-        storage is the narrow place: a commit that nobody asked for comes later then."""
+        """There is work for every thread. States that wait for one take memory, and with a thousand
+        trials storage is the narrow place: a commit that nobody asked for comes later then."""
         return self._unfinished >= THREADS
 
     def submit(self, action: Callable[[], None]) -> None:
@@ -37,10 +37,6 @@ class CommitThreads:
         with self._lock:
             self._unfinished += 1
         self._threads.submit(self._run, action)
-
-    def close(self) -> None:
-        """When all is done the threads end."""
-        self._threads.shutdown(wait=False)
 
     def _run(self, action: Callable[[], None]) -> None:
         try:
@@ -111,10 +107,20 @@ class CommitQueue:
         self._threads, self._work = threads, OrderedWork(threads)
 
     @property
+    def idle(self) -> bool:
+        """The last write is over."""
+        return self._last is None or self._last.done()
+
+    @property
+    def since(self) -> float:
+        """When the last write began, by time.monotonic(). Where storage cannot keep up, whoever
+        has waited longest comes first."""
+        return self._since
+
+    @property
     def due(self) -> bool:
         """EVERY seconds have passed since the last write began, it is over, a thread is free."""
-        idle = self._last is None or self._last.done()
-        return idle and not self._threads.crowded and time.monotonic() - self._since > EVERY
+        return self.idle and not self._threads.crowded and time.monotonic() - self._since > EVERY
 
     def keep(self, best: StateSnapshot) -> None:
         """The best so far; the one before it is forgotten."""

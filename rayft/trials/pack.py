@@ -271,7 +271,7 @@ class Pack:
         limits = (self.base.get("eval_loss", math.nan), self._divergence)
         better = self._held_out.judge(self._model, due, limits, broken)
         self._meter.charge(stepped, time.perf_counter() - began)
-        for slot in slots:
+        for slot in sorted(slots, key=lambda one: one.commits.since):
             if slot not in broken:
                 with isolated(slot, broken):
                     slot.save(slot in better)

@@ -107,7 +107,8 @@ class SlotTable:
         del self.resident[slot.trial]
         self.parked[slot.trial] = slot
         self._buckets.drop(slot.adapter)
-        slot.commits.write()  # a best state that waits is as large as what is parked
+        if slot.commits.idle:  # else one best state waits, and no more than one
+            slot.commits.write()  # it is as large as what is parked
         if self._buckets.device.type == "cuda":
             to_host(slot.adapter)
             move_moments(slot, torch.device("cpu"))

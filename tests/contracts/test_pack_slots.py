@@ -220,7 +220,6 @@ def test_commits_of_all_trials_share_threads_and_keep_their_order():
         bad.result()
     for number in range(100):
         assert [turn for one, turn in done if one == number] == [0, 1, 2, 3, 4]
-    threads.close()
 
 
 def test_a_commit_nobody_asked_for_waits_while_storage_is_behind(lab, monkeypatch):

@@ -156,6 +156,38 @@ def test_who_waits_and_who_goes_on_by_hand():
     assert how.promotable(final=True) is None  # of five two went on, of two at the second rung one
 
 
+@pytest.mark.parametrize("how_lost", ["diverged", "failed"])
+def test_who_is_lost_above_a_rung_leaves_its_place_to_those_that_wait(how_lost):
+    """Three trials, one may go on; it goes on and is lost, so the next one does."""
+    how = PromotingScheduler(90, 10, 3, "min")
+    trials = {name: Trial("x", stub=True, trial_id=name) for name in "abc"}
+    for score, name in enumerate("abc"):
+        how.on_trial_result(None, trials[name], {"step": 10, SCORE: float(score)})
+    for name in "abc":
+        assert how.promotable(final=True) == name
+        how.promote(name)
+        assert how.promotable(final=True) is None
+        if how_lost == "failed":
+            how.on_trial_remove(None, trials[name])
+        else:
+            told = {"step": 17, SCORE: 1e9, "status": "diverged"}
+            how.on_trial_complete(None, trials[name], told)
+
+
+def test_a_sweep_that_was_closed_wakes_nobody_up():
+    """Its trials that waited are over: `stopped` in the ledger."""
+    run = swept(4)
+    whole = Sweep(run, [], 1, by_number).told([0, 0])
+    assert whole.how.paused
+    rows = list(whole.rows)
+    for name in whole.how.paused:
+        whole.write(name, "stopped", whole.steps[name])
+    again = ReplayedScheduler(scheduler(run), run, fold(whole.rows))
+    assert again.paused == [] and again.promote(final=True) is None
+    waiting = ReplayedScheduler(scheduler(run), run, fold(rows))
+    assert waiting.paused and waiting.promote(final=True) is not None
+
+
 def test_the_last_one_always_reaches_the_end():
     for trials in range(1, 12):
         whole = Sweep(swept(trials), [], 2, by_number).told([0] * 400)
