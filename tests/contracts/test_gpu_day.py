@@ -86,7 +86,7 @@ def test_every_part_runs_from_a_bare_checkout(tmp_path: Path) -> None:
     expected = {name: "ok" for name in found} | {"gpu tests": "skipped"}
     assert {name: part["status"] for name, part in found.items()} == expected and len(found) == 7
     assert found["gpu tests"]["reason"] == "needs a CUDA device"
-    assert found["gpu tests"]["numbers"]["skipped"] == 8
+    assert found["gpu tests"]["numbers"]["skipped"] >= 8
     (case,) = found["packing, 8B nf4"]["numbers"].values()
     assert case["tokens/s"] > 0 and case["sequential"] > 0
     assert found["32 trials under 60 GB"]["numbers"]["trials"] == 4

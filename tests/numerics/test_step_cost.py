@@ -153,7 +153,7 @@ class Watched:
     def __init__(self, engine: Any, waits: Waits) -> None:
         self.engine, self.waits = engine, waits
         self.rank, self.world, self.device = engine.rank, engine.world, engine.device
-        self.lrs, self.shard = engine.lrs, engine.shard
+        self.lrs, self.shard, self.full = engine.lrs, engine.shard, engine.full
 
     @contextmanager
     def watching(self) -> Generator[None]:
