@@ -190,6 +190,7 @@ def test_a_population_really_exploits(tmp_path):
     trials = read_ledger(home(tmp_path)).trials
     copies = [(trial, step, donor) for trial in trials.values() for step, donor in trial.donors]
     assert copies
+    stuck = []
     for trial, step, donor in copies:
         assert donor != trial.id and step > 4
         # its first report after the copy is near the donor's, not near its own last one
@@ -197,9 +198,14 @@ def test_a_population_really_exploits(tmp_path):
         first = next(r for r in trial.reports if r.step >= step).metrics["eval_loss"]
         near = donors[max(s for s in donors if s <= step)]
         own = [r.metrics["eval_loss"] for r in trial.reports if r.step < step][-1:]
-        # Four more steps under another rate, which may be a high one; alone those at low rates
-        # stand at 6.1. Which trial copies which depends on who is faster.
-        assert first < max(near + 0.5, (near + max(own, default=6.1)) / 2)
+        # Four more steps under another rate, which may be a high one, and near it the donor may
+        # stand at an earlier step: which trial copies which depends on who is faster. But those at
+        # low rates stand at 6.1, and move by less than 0.01 alone.
+        if own and own[0] > 6:
+            assert first < own[0] - 0.2
+            stuck.append(trial.id)
+        assert first < max([near, *own]) + 1.0
+    assert stuck  # the low rates are the worst, so they copied
 
 
 def test_what_kills_a_pack_does_not_kill_the_sweep(tmp_path):
