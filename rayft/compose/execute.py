@@ -55,7 +55,7 @@ def execute(
         hooks = LoopHooks(signals.stop_requested, session.log, session.evaluate, session.save)
         stepper = stepper_of(parts)
         status = train(stepper, schedule, progress, hooks)
-    except BaseException:
+    except BaseException:  # a signal too: what is being saved gets its moment
         session.abandon()
         raise
     session.finish()

@@ -72,7 +72,9 @@ def _strategies(method: MethodSpec, quant: Quant) -> str:
     stages = [stage for stage in (0, 1, 2, 3) if allowed(method, quant, ZeroSpec(stage=stage))]
     parts = ["ddp"] if allowed(method, quant, DdpSpec()) else []
     if stages:
-        parts.append(f"ZeRO {stages[0]}-{stages[-1]}")
+        whole = stages == list(range(stages[0], stages[-1] + 1))
+        said = f"{stages[0]}-{stages[-1]}" if whole else ", ".join(map(str, stages))
+        parts.append(f"ZeRO {said}")
     return ", ".join(parts) or "-"
 
 

@@ -256,7 +256,7 @@ class PackActor:
             return  # what was said in its folder belongs to other settings
         try:
             reports = missed_reports(self._homes[name], heard, step)
-        except BaseException:
+        except BaseException:  # cancelled too: nobody is left to let it go
             gone = self._leave(name, keep=True, status="interrupted")
             if gone is not None:
                 gone.result()

@@ -138,7 +138,7 @@ class PosixBackend:
                 os.fsync(file.fileno())
             failpoints.hit("storage.write.rename")
             temporary.replace(place)
-        except BaseException:
+        except BaseException:  # whatever ended the write, nothing half-written stays
             temporary.unlink(missing_ok=True)
             raise
         failpoints.hit("storage.write.done")

@@ -92,7 +92,7 @@ class _SweepDriver:
         try:
             with open_cluster(self.run, state, self.view, self.interrupt) as self.cluster:
                 self._phases(self.cluster.placer)
-        except BaseException as error:
+        except BaseException as error:  # the record must say how the sweep ended
             self._broke(error)
             raise
         return self._finish()

@@ -136,7 +136,7 @@ def _train(
     except PermanentStorageError as error:
         state.broke(error)
         raise state.with_last_commit(error) from error.__cause__
-    except BaseException as error:
+    except BaseException as error:  # the record must say how the run ended
         state.broke(error)
         raise
     record = state.finish(outcome)

@@ -176,10 +176,10 @@ class Pack:
             try:
                 admission.measure_memory(self._budget, self._model, slot, self._table.load)
                 admission.restore_or_start(slot, source, self.base)
-            except BaseException:
+            except BaseException:  # its files and threads go with it
                 slot.abandon().result()
                 raise
-        except BaseException:
+        except BaseException:  # nor does it keep a row of the bucket
             self._model.buckets.drop(adapter)
             raise
         if not self._meter.alone_step_seconds:

@@ -63,6 +63,13 @@ def tokens_of(batches) -> Counter:
     return seen
 
 
+CUTS = {
+    "world": st.integers(1, 5),
+    "micro": st.integers(1, 9),
+    "size": st.integers(1, 20),
+}
+
+
 def all_ranks(source, step, world):
     windows = [source.window(step, rank, world) for rank in range(world)]
     assert len({len(window) for window in windows}) == 1
@@ -72,9 +79,7 @@ def all_ranks(source, step, world):
 @pytest.mark.parametrize("packing", [False, True])
 @settings(deadline=None)  # machines under load
 @given(
-    world=st.integers(1, 5),
-    micro=st.integers(1, 9),
-    size=st.integers(1, 20),
+    **CUTS,
     step=st.integers(1, 9),
 )
 def test_any_split_sees_the_same_step(packing, world, micro, size, step):
@@ -91,9 +96,7 @@ def test_any_split_sees_the_same_step(packing, world, micro, size, step):
 @pytest.mark.parametrize("packing", [False, True])
 @settings(deadline=None)  # machines under load
 @given(
-    world=st.integers(1, 5),
-    micro=st.integers(1, 9),
-    size=st.integers(1, 20),
+    **CUTS,
     step=st.integers(1, 14),
     weights=st.sampled_from([(1.0, 1.0), (0.5, 1.25)]),
     epochs=st.sampled_from([None, 0.3, 1.0]),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes.functional import has_avx512bf16
 from torch import nn
+from torch.library import Library
 
 from rayft.compose.gradient_check import ENOUGH, GradientCheck, GroupMovement
 from rayft.core.errors import DeadGradientError
@@ -37,7 +38,7 @@ def inference_only(model: nn.Module) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def operator():
-    library = torch.library.Library("rayft_tests", "DEF")
+    library = Library("rayft_tests", "DEF")
     library.define("no_backward(Tensor x) -> Tensor")
     library.impl("no_backward", torch.clone, "CPU")
     yield
